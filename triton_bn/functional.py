@@ -1,0 +1,108 @@
+"""``batch_norm``: F.batch_norm with a residual and an activation behind it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from triton_bn import ops, reference
+from triton_bn.problem import Activation, check
+
+__all__ = ["batch_norm"]
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | Activation | None = None,
+) -> Tensor:
+    """``activation(F.batch_norm(input, ...) + residual)``, fused.
+
+    Args:
+        input: (N, C, *), of float16, bfloat16, float32 or float64, in any memory format.
+        running_mean, running_var: (C,). With ``training`` they are advanced in place (or both ``None``);
+            without, they are what is normalized by.
+        weight, bias: (C,), each or both ``None``.
+        training: normalize by the statistics of this batch.
+        momentum: the weight of this batch in the running statistics.
+        eps: added to the variance.
+        residual: added before the activation, as PyTorch's ``+`` would add it.
+        activation: a name (see :data:`triton_bn.problem.ACTIVATIONS`) or an :class:`Activation`.
+
+    Returns:
+        A tensor of the input's shape, dtype and memory format.
+
+    Raises:
+        ValueError, RuntimeError, NotImplementedError, IndexError: what F.batch_norm raises, in its
+            words (:func:`triton_bn.problem.check`); nothing has been changed then.
+    """
+    if momentum is None:
+        raise TypeError("batch_norm(): argument 'momentum' must be float, not None")
+    return _batch_norm(
+        input, running_mean, running_var, None, weight, bias, training, momentum, eps,
+        residual, Activation.of(activation),
+    )  # fmt: skip
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: Activation | None,
+) -> Tensor:
+    """:func:`batch_norm` for the layers: with their counter, and ``momentum=None`` for the cumulative average."""
+    check(input, running_mean, running_var, weight, bias, training, eps)
+    if residual is not None and residual.device != input.device:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but residual is on {residual.device}, "
+            f"different from the input on {input.device}"
+        )
+    separate = None
+    if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
+        # What only PyTorch's `+` can do (broadcast, promote) is left to it, after the check that it can.
+        torch.broadcast_shapes(input.shape, residual.shape)
+        separate, residual = (residual, activation), None
+        activation = None
+    if input.numel() == 0:
+        y = _empty(input, weight, bias, residual, num_batches_tracked if training else None)
+        y = reference.activate(y, activation)
+    else:
+        y = ops.batch_norm(
+            input, weight, bias, residual, running_mean, running_var,
+            num_batches_tracked, training, momentum, eps, activation,
+        )  # fmt: skip
+    if separate is not None:
+        y = reference.activate(y + separate[0], separate[1])
+    return y
+
+
+def _empty(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """The result for an input without values: it has every gradient (zeros), and no statistics of its own."""
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    y = input.clone()
+    for term in (weight, bias):
+        if term is not None:
+            y = y + term.sum().to(y.dtype) * 0
+    return y if residual is None else y + residual

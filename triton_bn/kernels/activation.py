@@ -1,0 +1,115 @@
+"""Each activation once: its value and its derivative, from its input z, as PyTorch defines them."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def expm1(z):
+    """exp(z) - 1 for z <= 0, by its series where the subtraction would cancel."""
+    DEGREE: tl.constexpr = 13 if z.dtype == tl.float64 else 7
+    series = tl.full(z.shape, 1.0, z.dtype)
+    for i in tl.static_range(DEGREE, 1, -1):
+        series = 1 + z * series / i
+    return tl.where(z > -0.25, z * series, tl.exp(z) - 1)
+
+
+@triton.jit
+def tanh(z):
+    e = expm1(-2 * tl.abs(z))
+    t = -e / (e + 2)
+    return tl.where(z < 0, -t, t)
+
+
+@triton.jit
+def tanh_softplus(z):
+    """tanh(log(1 + exp(z))) = (e*e + 2*e) / (e*e + 2*e + 2); beyond 20 it is 1 in every dtype."""
+    e = tl.exp(tl.minimum(z, 20.0))
+    return tl.where(z > 20.0, 1.0, e * (e + 2) / (e * (e + 2) + 2))
+
+
+@triton.jit
+def normal_cdf(z):
+    return 0.5 * (1 + tl.erf(z * 0.7071067811865476))
+
+
+@triton.jit
+def activate(z, KIND: tl.constexpr, PARAMETER: tl.constexpr):
+    """activation(z). NaN stays NaN: comparisons are written so that it falls through."""
+    if KIND is None:
+        return z
+    elif KIND == "relu":
+        return tl.where(z <= 0, 0.0, z)
+    elif KIND == "relu6":
+        return tl.where(z <= 0, 0.0, tl.where(z >= 6, 6.0, z))
+    elif KIND == "leaky_relu":
+        return tl.where(z > 0, z, z * PARAMETER)
+    elif KIND == "silu":
+        return z * tl.sigmoid(z)
+    elif KIND == "hardswish":
+        return z * tl.where(z <= -3, 0.0, tl.where(z >= 3, 6.0, z + 3)) / 6
+    elif KIND == "gelu":
+        return z * normal_cdf(z)
+    elif KIND == "elu":
+        return tl.where(z < 0, PARAMETER * expm1(tl.minimum(z, 0.0)), z)
+    elif KIND == "mish":
+        return z * tanh_softplus(z)
+    elif KIND == "sigmoid":
+        return tl.sigmoid(z)
+    else:
+        tl.static_assert(KIND == "tanh")
+        return tanh(z)
+
+
+@triton.jit
+def steep(z, KIND: tl.constexpr):
+    """For the activations with two slopes: whether the slope at z is 1. NaN goes as in PyTorch."""
+    if KIND == "relu":
+        return (z <= 0) == 0
+    elif KIND == "relu6":
+        return ((z <= 0) | (z >= 6)) == 0
+    else:
+        tl.static_assert(KIND == "leaky_relu")
+        return z > 0
+
+
+@triton.jit
+def gradient_by_bit(dy, bit, KIND: tl.constexpr, PARAMETER: tl.constexpr):
+    """dy * slope for the activations with two slopes; where the slope is 0, so is the product."""
+    if KIND == "leaky_relu":
+        return tl.where(bit, dy, dy * PARAMETER)
+    else:
+        return tl.where(bit, dy, 0.0)
+
+
+@triton.jit
+def slope(z, KIND: tl.constexpr, PARAMETER: tl.constexpr):
+    """The derivative at z of the activations that are no two straight lines."""
+    if KIND == "silu":
+        s = tl.sigmoid(z)
+        return s * (1 + z * (1 - s))
+    elif KIND == "hardswish":
+        return tl.where(z <= -3, 0.0, tl.where(z >= 3, 1.0, z / 3 + 0.5))
+    elif KIND == "gelu":
+        return normal_cdf(z) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+    elif KIND == "elu":
+        return tl.where(z > 0, 1.0, PARAMETER * tl.exp(z))
+    elif KIND == "mish":
+        t = tanh_softplus(z)
+        return t + z * (1 - t * t) * tl.sigmoid(z)
+    elif KIND == "sigmoid":
+        s = tl.sigmoid(z)
+        return s * (1 - s)
+    else:
+        tl.static_assert(KIND == "tanh")
+        t = tanh(z)
+        return 1 - t * t
+
+
+@triton.jit
+def gradient(dy, z, KIND: tl.constexpr, PARAMETER: tl.constexpr):
+    """dy * activation'(z)."""
+    if KIND == "relu" or KIND == "relu6" or KIND == "leaky_relu":
+        return gradient_by_bit(dy, steep(z, KIND), KIND, PARAMETER)
+    else:
+        return dy * slope(z, KIND, PARAMETER)

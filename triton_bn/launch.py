@@ -1,0 +1,311 @@
+"""The verbs on Triton kernels: allocate, lay out the grid, launch under a plan.
+
+Tensors are those of :mod:`triton_bn.reference`'s verbs; x comes with the problem that describes it
+(:func:`triton_bn.problem.describe`), and everything else has the dense layout of ``torch.empty_like(x)``.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from triton_bn.kernels.backward import (
+    backward_apply_kernel,
+    backward_kernel,
+    backward_reduce_kernel,
+)
+from triton_bn.kernels.forward import forward_kernel, normalize_kernel
+from triton_bn.kernels.moments import moments_kernel
+from triton_bn.plan import Plan, Tile, channel_blocks, power_of_two, tile_channels
+from triton_bn.problem import Problem, aligned_like
+
+__all__ = ["backward", "forward", "normalize"]
+
+
+def run(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    """The one place where kernels are launched."""
+    kernel[(programs,)](*arguments, **constants)
+
+
+def _pair(value: float) -> tuple[float, float]:
+    """A double as the float32 nearest to it and the rest (:func:`triton_bn.kernels.tile.double`)."""
+    high = torch.tensor(value, dtype=torch.float32).item()
+    return high, value - high
+
+
+_pair = lru_cache(maxsize=256)(_pair)
+
+
+def accumulator(problem: Problem) -> torch.dtype:
+    return torch.float64 if problem.dtype == torch.float64 else torch.float32
+
+
+@lru_cache(maxsize=4096)
+def _layout(problem: Problem, columns: int) -> dict[str, Any]:
+    """The constants that problem and tile width decide, the same in every kernel."""
+    return {
+        "K": columns,
+        "ACC": tl.float64 if problem.dtype == torch.float64 else tl.float32,
+        "EACH": problem.inner == 1,
+        "DENSE": problem.dense,
+        "VECTOR": problem.vector,
+        "WIDE": problem.wide,
+        "enable_fp_fusion": True,
+    }
+
+
+@lru_cache(maxsize=4096)
+def _activation(problem: Problem) -> dict[str, Any]:
+    act = problem.activation
+    return {"KIND": act and act.name, "PARAMETER": act and act.parameter}
+
+
+@lru_cache(maxsize=4096)
+def _tiled(problem: Problem, tile: Tile) -> tuple[int, int, int, dict[str, Any]]:
+    """A launch over blocks and splits: programs, rows a split, blocks a channel, constants."""
+    chunk = tile.rows * tile.depth
+    rows = -(-problem.outer // (tile.splits * chunk)) * chunk
+    constants = {
+        "R": tile.rows,
+        "U": tile.depth,
+        "G": power_of_two(tile_channels(tile.columns, problem.inner)),
+        "MASKED": problem.row % tile.columns != 0,
+        "num_warps": tile.warps,
+        **_layout(problem, tile.columns),
+    }
+    programs = -(-problem.row // tile.columns) * tile.splits
+    return programs, rows, channel_blocks(tile.columns, problem.inner), constants
+
+
+@lru_cache(maxsize=4096)
+def _resident(problem: Problem, plan: Plan) -> tuple[int, dict[str, Any]]:
+    tile = plan.transform
+    constants = {
+        "INNER": problem.inner,
+        "CHANNELS": plan.channels,
+        "R": tile.rows,
+        "U": tile.depth,
+        "G": tile.columns if problem.inner == 1 else power_of_two(plan.channels),
+        "RAGGED": problem.outer != tile.rows * tile.depth,
+        "MASKED": plan.channels * problem.inner != tile.columns or problem.channels % plan.channels != 0,
+        "num_warps": tile.warps,
+        **_layout(problem, tile.columns),
+        **_activation(problem),
+    }
+    return -(-problem.channels // plan.channels), constants
+
+
+def _merge(problem: Problem, plan: Plan, group: int) -> dict[str, Any]:
+    """The constants of a prologue that merges partials: about 2K values at a time."""
+    if plan.reduce is None:
+        return {"Q": 1, "K_PARTIAL": 1}
+    _, _, blocks, _ = _tiled(problem, plan.reduce)
+    q = min(power_of_two(plan.reduce.splits * blocks), max(2048 // group, 1))
+    return {"Q": q, "K_PARTIAL": plan.reduce.columns}
+
+
+def _partials(problem: Problem, plan: Plan, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    assert plan.reduce is not None
+    _, rows, blocks, _ = _tiled(problem, plan.reduce)
+    splits = plan.reduce.splits
+    shape = (2, splits * blocks, problem.channels)
+    return x.new_empty(shape, dtype=accumulator(problem)), (rows, splits, blocks)
+
+
+def _outputs(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    y = torch.empty_like(x)
+    stats = x.new_empty((2, problem.channels), dtype=accumulator(problem))
+    packed = None
+    if problem.bits:
+        packed = x.new_empty((problem.outer, -(-problem.row // 8)), dtype=torch.uint8)
+    return y, stats, packed
+
+
+def forward(
+    problem: Problem,
+    plan: Plan,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Training: ``y``, ``stats`` (2, C) and the packed slopes; the running statistics advance in the same launch."""
+    y, stats, packed = _outputs(problem, x)
+    if residual is not None:
+        residual = aligned_like(residual, y)
+    factor = _pair(0.0 if momentum is None else momentum)
+    running = (running_mean, running_var, num_batches_tracked)
+    if plan.driver == "resident":
+        programs, constants = _resident(problem, plan)
+        run(
+            forward_kernel,
+            programs,
+            (
+                x, y, residual, packed, (weight, bias), stats, running, factor, _pair(eps),
+                problem.sizes, problem.strides,
+            ),
+            constants,
+        )  # fmt: skip
+        return y, stats, packed
+    partials, geometry = _partials(problem, plan, x)
+    programs, _, _, constants = _tiled(problem, plan.reduce)
+    run(
+        moments_kernel,
+        programs,
+        (x, partials, num_batches_tracked, problem.sizes, problem.strides, *geometry),
+        constants,
+    )
+    _normalize(
+        problem, plan, x, y, residual, packed, weight, bias, stats, partials, running, factor, eps, geometry
+    )
+    return y, stats, packed
+
+
+def normalize(
+    problem: Problem,
+    plan: Plan,
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The transform by a given mean and biased variance, both (C,): ``y``, ``stats`` and the packed slopes."""
+    y, stats, packed = _outputs(problem, x)
+    if residual is not None:
+        residual = aligned_like(residual, y)
+    running = (mean, variance, None)
+    _normalize(
+        problem, plan, x, y, residual, packed, weight, bias, stats, None, running, _pair(0.0), eps, (0, 0, 0)
+    )
+    return y, stats, packed
+
+
+def _normalize(
+    problem: Problem,
+    plan: Plan,
+    x: Tensor,
+    y: Tensor,
+    residual: Tensor | None,
+    packed: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    partials: Tensor | None,
+    running: tuple[Tensor | None, Tensor | None, Tensor | None],
+    factor: tuple[float, float],
+    eps: float,
+    geometry: tuple[int, int, int],
+) -> None:
+    programs, rows, _, constants = _tiled(problem, plan.transform)
+    run(
+        normalize_kernel,
+        programs,
+        (
+            x, y, residual, packed, (weight, bias), stats, partials, running, factor, _pair(eps),
+            problem.sizes, problem.strides, rows, *geometry,
+        ),
+        {
+            **constants,
+            **_activation(problem),
+            **_merge(problem, plan, constants["G"]),
+            "CUMULATIVE": problem.cumulative,
+        },
+    )  # fmt: skip
+
+
+def backward(
+    problem: Problem,
+    plan: Plan,
+    dy: Tensor,
+    x: Tensor | None,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    packed: Tensor | None,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dweight, dbias, dresidual, each where ``needs`` says so, else ``None``.
+
+    x may be ``None`` where neither the sums nor the activation's slope need it.
+    """
+    like = torch.empty_like(dy if x is None else x)
+    dy = aligned_like(dy, like)
+    if residual is not None:
+        residual = aligned_like(residual, like)
+    needs_x, needs_weight, needs_bias, needs_residual = needs
+    dx = like if needs_x else None
+    dresidual = None
+    if needs_residual:
+        # Without an activation the residual's gradient is dy itself.
+        dresidual = dy if problem.activation is None else torch.empty_like(like)
+    dweight = torch.empty_like(weight) if needs_weight and weight is not None else None
+    dbias = torch.empty_like(bias) if needs_bias and bias is not None else None
+    affine, dparameters = (weight, bias), (dweight, dbias)
+    stored = None if problem.activation is None else dresidual
+    sums = needs_weight or needs_bias or (needs_x and problem.training)
+    if plan.driver == "resident" and sums:
+        programs, constants = _resident(problem, plan)
+        run(
+            backward_kernel,
+            programs,
+            (
+                dy, x, residual, packed, affine, stats, dx, stored, dparameters,
+                problem.sizes, problem.strides,
+            ),
+            {**constants, "TRAINING": problem.training},
+        )  # fmt: skip
+        return dx, dweight, dbias, dresidual
+    partials, geometry = None, (0, 0, 0)
+    if sums:
+        assert plan.reduce is not None
+        partials, geometry = _partials(problem, plan, dy)
+        programs, _, _, constants = _tiled(problem, plan.reduce)
+        run(
+            backward_reduce_kernel,
+            programs,
+            (
+                dy, x, residual, packed, affine, stats, partials,
+                problem.sizes, problem.strides, *geometry,
+            ),
+            {**constants, **_activation(problem)},
+        )  # fmt: skip
+    programs, rows, _, constants = _tiled(problem, plan.transform)
+    if dx is None and stored is None:
+        if partials is None:
+            return dx, dweight, dbias, dresidual
+        # Only the merge of the partials is left: one program for each block of columns.
+        programs //= plan.transform.splits
+    run(
+        backward_apply_kernel,
+        programs,
+        (
+            dy, x, residual, packed, affine, stats, partials, dx, stored, dparameters, problem.count,
+            problem.sizes, problem.strides, rows, *geometry,
+        ),
+        {
+            **constants,
+            **_activation(problem),
+            **_merge(problem, plan, constants["G"]),
+            "TRAINING": problem.training,
+        },
+    )  # fmt: skip
+    return dx, dweight, dbias, dresidual
+
+
+def interpreting() -> bool:
+    """Whether the kernels run in Triton's interpreter, so that they take CPU tensors."""
+    return not isinstance(forward_kernel, triton.JITFunction)

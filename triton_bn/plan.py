@@ -1,0 +1,269 @@
+"""Launch plans: which driver runs a problem, on which tiles. Pure functions of a problem and a device's facts.
+
+Drivers
+    resident: a program holds whole channels in registers; reads once, writes once.
+    split: one launch for partial sums, a second that merges them in its prologue and transforms.
+
+The thresholds rest on what the compiler reports (registers, spills, access width), not on timings:
+none was measured on a GPU yet. ``tune.search`` times what :func:`candidates` lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from itertools import product
+from typing import Any, Literal
+
+import torch
+
+from triton_bn.problem import Problem
+
+__all__ = ["DEVICES", "Device", "Plan", "Tile", "candidates", "channel_blocks", "heuristic", "tile_channels"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan depends on. ``processors`` are SMs or compute units, ``cache`` the L2 in bytes."""
+
+    name: str
+    arch: str
+    processors: int
+    cache: int
+    warp: int = 32
+
+    @staticmethod
+    @lru_cache(maxsize=None)
+    def current(device: torch.device) -> Device:
+        """The facts of a torch device; asked of the driver once, at first use."""
+        if device.type != "cuda":
+            return DEVICES["interpreter"]
+        facts = torch.cuda.get_device_properties(device)
+        if torch.version.hip:
+            return Device(
+                facts.name, facts.gcnArchName.split(":")[0], facts.multi_processor_count, facts.L2_cache_size, 64
+            )
+        arch = f"sm_{facts.major}{facts.minor}"
+        return Device(facts.name, arch, facts.multi_processor_count, facts.L2_cache_size)
+
+
+#: GPUs that plans and compile reports can be asked for without having one (vendors' data sheets). The
+#: interpreter runs one program after another: as few as a small GPU would need.
+DEVICES = {
+    "interpreter": Device("interpreter", "interpreter", 4, 32 << 20),
+    "A100": Device("NVIDIA A100", "sm_80", 108, 40 << 20),
+    "H100": Device("NVIDIA H100", "sm_90", 132, 50 << 20),
+    "H200": Device("NVIDIA H200", "sm_90", 132, 50 << 20),
+    "B200": Device("NVIDIA B200", "sm_100", 148, 126 << 20),
+    "MI300X": Device("AMD Instinct MI300X", "gfx942", 304, 4 << 20, 64),
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one launch walks the canonical block: its programs, and what each holds at a time.
+
+    A program takes ``columns`` adjacent values of a row and one of ``splits`` equal ranges of rows;
+    it holds ``rows`` rows at a time, ``depth`` such tiles in flight.
+    """
+
+    rows: int
+    columns: int
+    depth: int = 1
+    warps: int = 4
+    splits: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A driver and its tiles.
+
+    ``reduce`` is the tile of split's first launch (``None`` where there is nothing to reduce),
+    ``channels`` the whole channels of a resident program, whose tile covers all rows by its depth.
+    ``source`` says where the plan came from and does not take part in comparisons.
+    """
+
+    driver: Literal["resident", "split"]
+    transform: Tile
+    reduce: Tile | None = None
+    channels: int = 0
+    source: str = field(default="heuristic", compare=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready data, without its source."""
+        data = asdict(self)
+        del data["source"]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], source: str) -> Plan:
+        """The inverse of :meth:`as_dict`.
+
+        Raises:
+            TypeError, KeyError: for data that is no plan.
+        """
+        data = dict(data)
+        transform = Tile(**data.pop("transform"))
+        reduce = data.pop("reduce")
+        return cls(transform=transform, reduce=reduce and Tile(**reduce), source=source, **data)
+
+    def __str__(self) -> str:
+        def text(tile: Tile) -> str:
+            return (
+                f"{tile.depth} x [{tile.rows}, {tile.columns}], {tile.warps} warps"
+                + (f", {tile.splits} splits" if tile.splits > 1 else "")
+            )
+
+        if self.driver == "resident":
+            body = f"{self.channels} channels a program, {text(self.transform)}"
+        elif self.reduce is None:
+            body = f"transform {text(self.transform)}"
+        else:
+            body = f"reduce {text(self.reduce)}; transform {text(self.transform)}"
+        return f"{self.driver}: {body} ({self.source})"
+
+
+#: Values that a resident program holds without spilling, by direction: compiled for sm_80, sm_90,
+#: sm_100 and gfx942 (backward holds x and dy). Half of it in float64.
+RESIDENT = {"forward": 48 << 10, "backward": 24 << 10}
+
+#: Tiles that a resident program loads by straight-line code; twice as many took minutes to compile.
+DEPTH = 24
+
+#: Members a tile's columns may have to be compared with, columns x channels, before that spills.
+MEMBERS = 8 << 10
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is no less than n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def tile_channels(columns: int, inner: int) -> int:
+    """Channels that ``columns`` adjacent values of a row may touch, starting at a multiple of ``columns``."""
+    if inner == 1 or columns % inner == 0:
+        return columns // inner
+    if inner % columns == 0:
+        return 1
+    return (columns + inner - 2) // inner + 1
+
+
+def channel_blocks(columns: int, inner: int) -> int:
+    """Blocks of ``columns`` adjacent values that one channel of ``inner`` values may touch."""
+    if columns % inner == 0:
+        return 1
+    if inner % columns == 0:
+        return inner // columns
+    return (inner + columns - 2) // columns + 1
+
+
+def aligned_channels(problem: Problem) -> int:
+    """The fewest adjacent channels whose values fill whole 16-byte accesses and whole bytes of bits."""
+    unit = 8 if problem.bits else 16 // problem.itemsize
+    group = 1
+    while group < unit and group * problem.inner % unit:
+        group *= 2
+    return group
+
+
+def heuristic(problem: Problem, device: Device) -> Plan:
+    """The plan for a problem that nobody has timed."""
+    if problem.training:
+        for plan in _resident(problem):
+            return plan
+    return _split(problem, device, scale=1, depth=_depth(problem), warps=4)
+
+
+def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
+    """What a search may try, without spills, the heuristic's plan first."""
+    plans = [heuristic(problem, device)]
+    if problem.training:
+        plans += _resident(problem)
+    for scale, depth, warps in product((1, 2, 4), (1, 2, 4, 8), (4, 8)):
+        if depth <= 2 * _depth(problem):
+            plans.append(_split(problem, device, scale, depth, warps))
+    return tuple(dict.fromkeys(plans))
+
+
+def _depth(problem: Problem) -> int:
+    """Tiles in flight: 64 bytes a thread of each tensor that is read, 32 where two are."""
+    return 4 if problem.direction == "forward" else 2
+
+
+def _resident(problem: Problem) -> Iterator[Plan]:
+    """Resident plans, the preferred first: the fewest channels that fill 16-byte accesses and 64-byte rows."""
+    if problem.cumulative:
+        # Every program would need the counter that one of them advances: split has a launch between.
+        return
+    limit = RESIDENT[problem.direction]
+    if problem.dtype == torch.float64:
+        limit //= 2
+    group = aligned_channels(problem)
+    while group * problem.inner * problem.itemsize < 64 and group < problem.channels:
+        group *= 2
+    while True:
+        columns = max(power_of_two(min(group, problem.channels) * problem.inner), 8)
+        if columns > limit:
+            return
+        held = power_of_two(problem.outer) if problem.outer < 8 else -(-problem.outer // 8) * 8
+        if held * columns <= limit:
+            for warps in _resident_warps(held * columns):
+                tile = _resident_tile(problem, columns, warps)
+                if tile.rows * tile.depth * columns <= limit and tile.depth <= DEPTH:
+                    yield Plan("resident", tile, channels=min(group, problem.channels))
+        if group >= problem.channels:
+            return
+        group *= 2
+
+
+def _resident_warps(values: int) -> tuple[int, ...]:
+    if values <= 8 << 10:
+        return (4, 8)
+    return (8, 16, 4) if values <= 24 << 10 else (16, 8)
+
+
+def _resident_tile(problem: Problem, columns: int, warps: int) -> Tile:
+    """Tiles of about 16 bytes a thread, fewer and larger where more than DEPTH would be needed."""
+    rows = max(warps * 32 * (16 // problem.itemsize) // columns, 1)
+    rows = min(rows, power_of_two(problem.outer))
+    while -(-problem.outer // rows) > DEPTH:
+        rows *= 2
+    return Tile(rows, columns, -(-problem.outer // rows), warps)
+
+
+def _split(problem: Problem, device: Device, scale: int, depth: int, warps: int) -> Plan:
+    """Split, or for running statistics the transform alone: ``scale`` times the usual number of programs."""
+    reduces = problem.training or problem.direction == "backward"
+    transform = _tile(problem, device, scale, depth, warps)
+    reduce = transform if reduces else None
+    if not reduces:
+        transform = _tile(problem, device, 2 * scale, depth, warps)
+    return Plan("split", transform, reduce)
+
+
+def _tile(problem: Problem, device: Device, scale: int, depth: int, warps: int) -> Tile:
+    """16 bytes a thread; rows are split among programs until there are 4 (channels_last: 2) for each processor."""
+    vector = 16 // problem.itemsize
+    values = warps * 32 * vector
+    if problem.inner == 1:
+        # Rows of at least 64 bytes. Every program of the second launch reads all partials of its
+        # channels: few columns and few splits keep that small beside its tile.
+        columns = min(power_of_two(problem.channels), 4 * vector)
+        programs = 2 * device.processors * scale
+    else:
+        columns = min(power_of_two(problem.row), values)
+        while columns * power_of_two(tile_channels(columns, problem.inner)) > MEMBERS:
+            columns //= 2
+        programs = 4 * device.processors * scale
+    columns = max(columns, 8)
+    rows = max(min(values // columns, power_of_two(problem.outer)), 1)
+    while depth > 1 and rows * depth >= 2 * problem.outer:
+        depth //= 2
+    blocks = -(-problem.row // columns)
+    splits = max(min(programs // blocks, -(-problem.outer // (rows * depth))), 1)
+    return Tile(rows, columns, depth, warps, splits)
+
+
+def with_source(plan: Plan, source: str) -> Plan:
+    return replace(plan, source=source)

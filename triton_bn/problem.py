@@ -1,0 +1,372 @@
+"""What is to be normalized: the canonical view of an input, the activation, and the errors at the boundary.
+
+Batch normalization does not care in which order the values of a channel come. So every dense
+tensor, whatever its memory format, is one row-major block ``[outer, channels, inner]``: ``outer``
+collects the dimensions that lie outside the channel dimension in memory, ``inner`` those inside.
+
+=====================  =====================  =======================
+memory format          shape                  (outer, channels, inner)
+=====================  =====================  =======================
+contiguous             (N, C)                 (N, C, 1)
+contiguous             (N, C, H, W)           (N, C, H*W)
+channels_last          (N, C, H, W)           (N*H*W, C, 1)
+channels_last_3d       (N, C, D, H, W)        (N*D*H*W, C, 1)
+``x.transpose(0, 1)``  (N, C, H, W)           (1, C, N*H*W)
+=====================  =====================  =======================
+
+The kernels see nothing but that block. A sliced input has the same block with strides of its own;
+what is allocated for it (output, gradients) is dense.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["ACTIVATIONS", "Activation", "Problem", "aligned_like", "canonical", "check", "describe"]
+
+#: Every activation by name, with its parameter's default where it takes one.
+ACTIVATIONS: dict[str, float | None] = {
+    "relu": None,
+    "relu6": None,
+    "leaky_relu": 0.01,
+    "silu": None,
+    "hardswish": None,
+    "gelu": None,
+    "elu": 1.0,
+    "mish": None,
+    "sigmoid": None,
+    "tanh": None,
+}
+
+#: Activations whose derivative takes two values only, so that one bit a value says which.
+_TWO_SLOPES = frozenset({"relu", "relu6", "leaky_relu"})
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation behind the normalization, as ``torch.nn.functional`` defines it.
+
+    Args:
+        name: One of :data:`ACTIVATIONS`.
+        parameter: ``negative_slope`` of ``"leaky_relu"``, ``alpha`` of ``"elu"``; ``None`` takes
+            PyTorch's default. The others take none.
+
+    Raises:
+        ValueError: for a name that is not known, or a parameter that the activation does not take.
+    """
+
+    name: str
+    parameter: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be None or one of {', '.join(map(repr, ACTIVATIONS))}, but got {self.name!r}"
+            )
+        default = ACTIVATIONS[self.name]
+        if default is None and self.parameter is not None:
+            raise ValueError(f"activation {self.name!r} takes no parameter, but got {self.parameter}")
+        value = default if self.parameter is None else float(self.parameter)
+        object.__setattr__(self, "parameter", value)
+
+    @classmethod
+    def of(cls, activation: str | Activation | None) -> Activation | None:
+        """The activation meant by a user's argument: its name, an :class:`Activation`, or ``None``."""
+        if activation is None or isinstance(activation, Activation):
+            return activation
+        if not isinstance(activation, str):
+            raise ValueError(
+                f"activation must be None, a name or a triton_bn.Activation, but got {activation!r}"
+            )
+        return _named(activation)
+
+    @property
+    def two_slopes(self) -> bool:
+        """Whether one bit a value is all that the derivative needs."""
+        return self.name in _TWO_SLOPES
+
+    def __str__(self) -> str:
+        return self.name if self.parameter is None else f"{self.name}({self.parameter:g})"
+
+
+@lru_cache(maxsize=None)
+def _named(name: str) -> Activation:
+    return Activation(name)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One batch normalization as the kernels see it, in one direction. Hashable: plans are kept by it.
+
+    ``outer``, ``channels`` and ``inner`` are the canonical sizes (see the module's docstring) and
+    ``strides`` those of the input in values; everything else is dense, so row-major.
+    """
+
+    direction: Literal["forward", "backward"]
+    outer: int
+    channels: int
+    inner: int
+    strides: tuple[int, int, int]
+    dtype: torch.dtype
+    #: Adjacent values that one 16-byte access may take: a power of two.
+    vector: int = 1
+    #: Batch statistics (training) or running statistics (evaluation).
+    training: bool = True
+    activation: Activation | None = None
+    residual: bool = False
+    #: The derivative of the activation is kept as one bit a value.
+    bits: bool = False
+    #: ``momentum=None``: the running statistics are the cumulative average of all batches.
+    cumulative: bool = False
+
+    @property
+    def count(self) -> int:
+        """Values a channel: M of the formulas."""
+        return self.outer * self.inner
+
+    @property
+    def row(self) -> int:
+        """Values a dense row of the canonical block: ``channels * inner``."""
+        return self.channels * self.inner
+
+    @property
+    def numel(self) -> int:
+        return self.outer * self.row
+
+    @property
+    def dense(self) -> bool:
+        return self.strides == (self.row, self.inner, 1)
+
+    @property
+    def wide(self) -> bool:
+        """Whether an offset may pass 2**31 - 1 values, so that it must be computed in int64.
+
+        A tile may reach past the last row before its mask is applied, hence the margin.
+        """
+        reach = sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True))
+        return max(reach, self.numel) >= 2**31 - 2**24
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.outer, self.channels, self.inner
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    def __str__(self) -> str:
+        parts = [f"{self.outer}x{self.channels}x{self.inner}", str(self.dtype).removeprefix("torch.")]
+        if not self.dense:
+            parts.append(f"strides {self.strides}")
+        if self.vector * self.itemsize < 16:
+            parts.append(f"vector {self.vector}")
+        if self.residual:
+            parts.append("add")
+        if self.activation is not None:
+            parts.append(str(self.activation))
+        parts += [name for name in ("bits", "cumulative") if getattr(self, name)]
+        mode = "training" if self.training else "eval"
+        return f"{self.direction} {mode} " + " ".join(parts)
+
+
+@lru_cache(maxsize=4096)
+def canonical(
+    shape: tuple[int, ...], strides: tuple[int, ...]
+) -> tuple[tuple[int, int, int], tuple[int, int, int]] | None:
+    """Sizes and strides of the ``[outer, channels, inner]`` view of a tensor, or ``None`` where there is none.
+
+    Args:
+        shape: ``(N, C, *)``; the channels are dimension 1.
+        strides: the tensor's strides, in values.
+
+    Returns:
+        ``((outer, channels, inner), (outer stride, channel stride, inner stride))``; the stride of a
+        size of 1 is the one a dense tensor would have. ``None`` for an expanded tensor and for one
+        whose outer or inner dimensions have gaps between them (an image cropped in width, say).
+    """
+    channels = shape[1]
+    others = sorted(
+        (d for d in range(len(shape)) if d != 1 and shape[d] != 1), key=lambda d: -strides[d]
+    )
+    if any(strides[d] == 0 for d in others) or (channels != 1 and strides[1] == 0):
+        return None
+    outside = [d for d in others if channels != 1 and strides[d] > strides[1]]
+    inside = others[len(outside) :]
+
+    def collapse(dims: list[int]) -> tuple[int, int] | None:
+        for first, second in zip(dims, dims[1:], strict=False):
+            if strides[first] != strides[second] * shape[second]:
+                return None
+        return math.prod(shape[d] for d in dims), strides[dims[-1]] if dims else 0
+
+    outer, inner = collapse(outside), collapse(inside)
+    if outer is None or inner is None:
+        return None
+    inner_stride = inner[1] or 1
+    channel_stride = strides[1] if channels != 1 else inner[0] * inner_stride
+    outer_stride = outer[1] or channels * channel_stride
+    return (outer[0], channels, inner[0]), (outer_stride, channel_stride, inner_stride)
+
+
+def describe(
+    x: Tensor,
+    *,
+    training: bool,
+    residual: bool = False,
+    activation: Activation | None = None,
+    bits: bool = False,
+    cumulative: bool = False,
+) -> tuple[Problem, Tensor]:
+    """The forward problem of an input (N, C, *), and the input, or its copy where it has no canonical view."""
+    view = canonical(tuple(x.shape), x.stride())
+    if view is None or (
+        not _dense(view) and _sizes(torch.empty_like(x, device="meta")) != view[0]
+    ):
+        x = x.contiguous()
+        view = canonical(tuple(x.shape), x.stride())
+        assert view is not None
+    sizes, strides = view
+    return (
+        Problem(
+            "forward", *sizes, strides, x.dtype, _vector(x, sizes, strides),
+            training, activation, residual, bits, cumulative,
+        ),
+        x,
+    )  # fmt: skip
+
+
+def _dense(view: tuple[tuple[int, int, int], tuple[int, int, int]]) -> bool:
+    (_, channels, inner), strides = view
+    return strides == (channels * inner, inner, 1)
+
+
+def _sizes(x: Tensor) -> tuple[int, int, int] | None:
+    view = canonical(tuple(x.shape), x.stride())
+    return None if view is None else view[0]
+
+
+def _vector(x: Tensor, sizes: tuple[int, int, int], strides: tuple[int, int, int]) -> int:
+    """Adjacent values in 16 bytes, less where rows (of x, or of what is dense) or x itself start elsewhere."""
+    vector = 16 // x.element_size()
+    pitches = (strides[0], sizes[1] * sizes[2]) if sizes[0] > 1 else ()
+    while vector > 1 and (
+        x.data_ptr() % (vector * x.element_size()) or any(pitch % vector for pitch in pitches)
+    ):
+        vector //= 2
+    return vector
+
+
+def aligned_like(tensor: Tensor, dense: Tensor) -> Tensor:
+    """``tensor`` in the memory layout of ``dense``, of the same shape: itself, or a copy where it must be.
+
+    The copy is also made of a view that starts off a 16-byte boundary, so that the kernels may read
+    all tensors but the input in whole 16-byte accesses.
+    """
+    same = tensor.stride() == dense.stride() or all(
+        size == 1 or a == b
+        for size, a, b in zip(tensor.shape, tensor.stride(), dense.stride(), strict=True)
+    )
+    if same and tensor.data_ptr() % 16 == 0:
+        return tensor
+    return torch.empty_like(dense, dtype=tensor.dtype).copy_(tensor)
+
+
+def check(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+) -> None:
+    """Raises what ``torch.nn.functional.batch_norm`` raises for the same arguments, in its words.
+
+    Nothing has been written when it raises.
+
+    Raises:
+        ValueError: one value a channel in training; ``eps`` not positive in training or negative; one of
+            the running statistics without the other in training.
+        RuntimeError: a parameter or buffer of the wrong length, device or dtype; evaluation without
+            running statistics.
+        NotImplementedError: an input that is not floating point.
+        IndexError: an input without a channel dimension.
+    """
+    shape = input.shape
+    if training:
+        if input.dim() == 0:
+            raise IndexError("list index out of range")
+        if math.prod(shape[:1]) * math.prod(shape[2:]) == 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {shape}"
+            )
+        if eps <= 0.0:
+            raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    elif eps < 0.0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    if input.numel() == 0:
+        return  # F.batch_norm looks at nothing else
+    if input.dim() < 2:
+        raise IndexError(
+            f"Dimension out of range (expected to be in range of [{-max(input.dim(), 1)}, "
+            f"{max(input.dim(), 1) - 1}], but got 1)"
+        )
+    dtype = input.dtype
+    if dtype not in FLOATING:
+        raise NotImplementedError(
+            f""""batch_norm" not implemented for '{input.type().rpartition(".")[2].removesuffix("Tensor")}'"""
+        )
+    if not training:
+        for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
+            if buffer is None:
+                raise RuntimeError(f"{name} must be defined in evaluation mode")
+    elif (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    channels, device = shape[1], input.device
+    shared: torch.dtype | None = None
+    for name, tensor in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if tensor is None:
+            continue
+        if tensor.numel() != channels:
+            raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
+        if tensor.dim() != 1 or tensor.stride(0) != 1:
+            raise RuntimeError(
+                f"{name} should be a contiguous vector of {channels} elements, but has shape "
+                f"{list(tensor.shape)} and strides {tensor.stride()}"
+            )
+        if tensor.device != device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but {name} is on {tensor.device}, "
+                f"different from the input on {device}"
+            )
+        if tensor.dtype != dtype and (tensor.dtype != torch.float32 or dtype == torch.float64):
+            allowed = {str(dtype).removeprefix("torch."), "float64" if dtype == torch.float64 else "float32"}
+            raise RuntimeError(
+                f"mixed dtype: expect {name} to have scalar type of {' or '.join(sorted(allowed))} beside an "
+                f"input of {str(dtype).removeprefix('torch.')}, but got {str(tensor.dtype).removeprefix('torch.')}"
+            )
+        if shared is not None and tensor.dtype != shared:
+            raise RuntimeError(
+                f"mixed dtype: all parameters and buffers must share one scalar type, but {name} has "
+                f"{str(tensor.dtype).removeprefix('torch.')} and another {str(shared).removeprefix('torch.')}"
+            )
+        shared = tensor.dtype
+    for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
+        if buffer is not None and buffer.requires_grad:
+            raise RuntimeError(
+                f"batch_norm is not differentiable with respect to argument '{name}'. "
+                "This input cannot have requires_grad True."
+            )

@@ -1,0 +1,276 @@
+"""The verbs in plain torch: what a CPU tensor runs, the rule for derivatives of any order, the oracle.
+
+Everything is computed in the accumulation dtype (float32, or float64 for float64 inputs) on tensors
+of the input's own shape. With M values a channel, ``mean`` and ``invstd`` of shape (C,)::
+
+    mean   = sum(x) / M                    m2 = sum((x - mean)**2)
+    invstd = (m2 / M + eps) ** -1/2        z  = (x - mean) * invstd * weight + bias + residual
+    y      = activation(z)
+
+as in Ioffe and Szegedy, "Batch Normalization" (2015), algorithm 1, and backward, with
+g = dy * activation'(z), for batch statistics (for running statistics dx is the first factor alone)::
+
+    dbias = sum(g)    dweight = sum(g * (x - mean)) * invstd    dresidual = g
+    dx = weight * invstd * (g - sum(g) / M - (x - mean) * invstd**2 * sum(g * (x - mean)) / M)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from triton_bn.problem import Activation, canonical
+
+__all__ = [
+    "activate",
+    "backward",
+    "backward_apply",
+    "backward_reduce",
+    "forward",
+    "moments",
+    "normalize",
+    "update_running",
+]
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over values of ``dtype`` are taken, and statistics are kept."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def activate(z: Tensor, activation: Activation | None) -> Tensor:
+    """``activation(z)`` by torch.nn.functional."""
+    if activation is None:
+        return z
+    if activation.name == "leaky_relu":
+        return F.leaky_relu(z, activation.parameter)
+    if activation.name == "elu":
+        return F.elu(z, activation.parameter)
+    if activation.name in ("sigmoid", "tanh"):
+        return getattr(torch, activation.name)(z)
+    return getattr(F, activation.name)(z)
+
+
+def slope(z: Tensor, activation: Activation) -> Tensor:
+    """The derivative of the activation at ``z``, as PyTorch's autograd takes it."""
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        return torch.autograd.grad(activate(leaf, activation).sum(), leaf)[0]
+
+
+def _channelwise(v: Tensor, x: Tensor) -> Tensor:
+    """(C,) → (1, C, 1, ...) of the accumulation dtype, to stand beside x."""
+    return v.to(accumulator(x.dtype)).reshape(-1, *[1] * (x.dim() - 2))
+
+
+def _reduced(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations of each channel: two tensors (C,) of the accumulation dtype."""
+    x = x.to(accumulator(x.dtype))
+    mean = x.mean(_reduced(x))
+    return mean, (x - _channelwise(mean, x)).square().sum(_reduced(x))
+
+
+def update_running(
+    mean: Tensor,
+    m2: Tensor,
+    count: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+) -> None:
+    """Advances the running statistics in place by a batch of ``count`` values a channel.
+
+    ``running = (1 - f) * running + f * batch`` with the unbiased variance, where ``f`` is the momentum
+    or, for ``momentum=None``, 1 / num_batches_tracked, taken where that counter lives.
+    """
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    if running_mean is None or running_var is None:
+        return
+    factor: float | Tensor
+    if momentum is not None:
+        factor = momentum
+    elif num_batches_tracked is not None:
+        factor = 1.0 / num_batches_tracked.to(mean.dtype)
+    else:
+        factor = 0.0
+    for running, batch in ((running_mean, mean), (running_var, m2 / (count - 1))):
+        old = running.to(mean.dtype)
+        running.copy_((1 - factor) * old + factor * batch.reshape(old.shape))
+
+
+def _preactivation(
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """z of the module's docstring, in the accumulation dtype."""
+    scale = invstd if weight is None else invstd * weight.reshape(-1).to(invstd.dtype)
+    z = (x.to(invstd.dtype) - _channelwise(mean, x)) * _channelwise(scale, x)
+    if bias is not None:
+        z = z + _channelwise(bias, x)
+    if residual is not None:
+        z = z + residual.to(z.dtype)
+    return z
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation | None,
+    bits: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The transform: ``y`` like x, and with ``bits`` the packed slopes (:func:`pack`), else ``None``."""
+    z = _preactivation(x, mean, invstd, weight, bias, residual)
+    packed = pack(slope(z, activation) == 1, x) if bits and activation is not None else None
+    return activate(z, activation).to(x.dtype), packed
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: Activation | None,
+    bits: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Training: moments, running statistics and transform. Returns ``y``, ``stats`` and the packed slopes.
+
+    ``stats`` is (2, C) of the accumulation dtype: mean and invstd, which backward needs.
+    """
+    mean, m2 = moments(x)
+    count = x.numel() // x.shape[1]
+    update_running(mean, m2, count, running_mean, running_var, num_batches_tracked, momentum)
+    stats = torch.stack([mean, (m2 / count + eps).rsqrt()])
+    y, packed = normalize(x, stats[0], stats[1], weight, bias, residual, activation, bits)
+    return y, stats, packed
+
+
+def _gradient(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    packed: Tensor | None,
+    activation: Activation | None,
+) -> Tensor:
+    """g of the module's docstring, in the accumulation dtype."""
+    g = dy.to(stats.dtype)
+    if activation is None:
+        return g
+    if packed is not None:
+        low = activation.parameter if activation.name == "leaky_relu" else 0.0
+        return torch.where(unpack(packed, x), g, low * g)
+    return g * slope(_preactivation(x, stats[0], stats[1], weight, bias, residual), activation)
+
+
+def backward_reduce(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    packed: Tensor | None,
+    activation: Activation | None,
+) -> Tensor:
+    """(2, C) of the accumulation dtype: sum(g) and sum(g * (x - mean)) of each channel."""
+    g = _gradient(dy, x, stats, weight, bias, residual, packed, activation)
+    centered = x.to(g.dtype) - _channelwise(stats[0], x)
+    return torch.stack([g.sum(_reduced(x)), (g * centered).sum(_reduced(x))])
+
+
+def backward_apply(
+    dy: Tensor,
+    x: Tensor | None,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    packed: Tensor | None,
+    activation: Activation | None,
+    sums: Tensor | None,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """dx and dresidual, like dy. ``sums`` of :func:`backward_reduce` over ``count`` values a channel;
+    ``None`` for running statistics, whose dx is the first factor alone (and needs no x without an
+    activation to take the slope of, or with its packed slopes)."""
+    like = dy if x is None else x
+    g = _gradient(dy, like, stats, weight, bias, residual, packed, activation)
+    dresidual = g.to(like.dtype)
+    scale = stats[1] if weight is None else stats[1] * weight.reshape(-1).to(stats.dtype)
+    if sums is not None:
+        assert x is not None
+        centered = x.to(g.dtype) - _channelwise(stats[0], x)
+        projection = stats[1].square() * sums[1] / count
+        g = g - _channelwise(sums[0] / count, x) - centered * _channelwise(projection, x)
+    return (g * _channelwise(scale, like)).to(like.dtype), dresidual
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    packed: Tensor | None,
+    activation: Activation | None,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dresidual, and (2, C): dweight and dbias in the accumulation dtype."""
+    arguments = (dy, x, stats, weight, bias, residual, packed, activation)
+    sums = backward_reduce(*arguments)
+    count = x.numel() // x.shape[1]
+    dx, dresidual = backward_apply(*arguments, sums if training else None, count)
+    return dx, dresidual, torch.stack([sums[1] * stats[1], sums[0]])
+
+
+def _block(x: Tensor) -> tuple[tuple[int, int, int], list[int]]:
+    """Canonical sizes of ``torch.empty_like(x)``, and the order of its dimensions in memory."""
+    layout = torch.empty_like(x, device="meta")
+    view = canonical(tuple(layout.shape), layout.stride())
+    assert view is not None, "a dense tensor always has its canonical view"
+    return view[0], sorted(range(x.dim()), key=lambda d: (-layout.stride(d), d))
+
+
+def pack(bit: Tensor, x: Tensor) -> Tensor:
+    """One bit a value, of x's shape, as bytes [outer, ceil(channels * inner / 8)], lowest bit first.
+
+    The bits of a row of the canonical block (:mod:`triton_bn.problem`) follow one another as its values
+    do in memory, so that kernels read and write them beside the values.
+    """
+    (outer, channels, inner), order = _block(x)
+    rows = bit.permute(order).reshape(outer, channels * inner).to(torch.uint8)
+    rows = F.pad(rows, (0, -rows.shape[1] % 8)).reshape(outer, -1, 8)
+    weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=bit.device)
+    return (rows * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, x: Tensor) -> Tensor:
+    """The inverse of :func:`pack`: booleans of x's shape."""
+    (_, channels, inner), order = _block(x)
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    rows = (packed.unsqueeze(-1) >> shifts & 1).flatten(1)[:, : channels * inner]
+    permuted = rows.reshape([x.shape[d] for d in order])
+    return permuted.permute([order.index(d) for d in range(x.dim())]).bool()

@@ -21,6 +21,7 @@ from triton_bn.kernels.backward import (
 )
 from triton_bn.kernels.forward import forward_kernel, normalize_kernel
 from triton_bn.kernels.moments import moments_kernel
+from triton_bn.kernels.tile import Constants
 from triton_bn.plan import Plan, Tile, channel_blocks, power_of_two, tile_channels
 from triton_bn.problem import Problem, aligned_like
 
@@ -45,76 +46,69 @@ def accumulator(problem: Problem) -> torch.dtype:
     return torch.float64 if problem.dtype == torch.float64 else torch.float32
 
 
-@lru_cache(maxsize=4096)
-def _layout(problem: Problem, columns: int) -> dict[str, Any]:
-    """The constants that problem and tile width decide, the same in every kernel."""
-    return {
-        "K": columns,
-        "ACC": tl.float64 if problem.dtype == torch.float64 else tl.float32,
-        "EACH": problem.inner == 1,
-        "DENSE": problem.dense,
-        "VECTOR": problem.vector,
-        "WIDE": problem.wide,
-        "enable_fp_fusion": True,
-    }
-
-
-@lru_cache(maxsize=4096)
-def _activation(problem: Problem) -> dict[str, Any]:
+def _constants(problem: Problem, tile: Tile, **others: Any) -> Constants:
     act = problem.activation
-    return {"KIND": act and act.name, "PARAMETER": act and act.parameter}
-
-
-@lru_cache(maxsize=4096)
-def _tiled(problem: Problem, tile: Tile) -> tuple[int, int, int, dict[str, Any]]:
-    """A launch over blocks and splits: programs, rows a split, blocks a channel, constants."""
-    chunk = tile.rows * tile.depth
-    rows = -(-problem.outer // (tile.splits * chunk)) * chunk
-    constants = {
-        "R": tile.rows,
-        "U": tile.depth,
-        "G": power_of_two(tile_channels(tile.columns, problem.inner)),
-        "MASKED": problem.row % tile.columns != 0,
-        "num_warps": tile.warps,
-        **_layout(problem, tile.columns),
-    }
-    programs = -(-problem.row // tile.columns) * tile.splits
-    return programs, rows, channel_blocks(tile.columns, problem.inner), constants
+    return Constants(
+        R=tile.rows,
+        K=tile.columns,
+        U=tile.depth,
+        ACC=tl.float64 if problem.dtype == torch.float64 else tl.float32,
+        EACH=problem.inner == 1,
+        DENSE=problem.dense,
+        VECTOR=problem.vector,
+        WIDE=problem.wide,
+        KIND=act and act.name,
+        PARAMETER=act and act.parameter,
+        **others,
+    )
 
 
 @lru_cache(maxsize=4096)
 def _resident(problem: Problem, plan: Plan) -> tuple[int, dict[str, Any]]:
+    """Programs and constants of a resident launch."""
     tile = plan.transform
-    constants = {
-        "INNER": problem.inner,
-        "CHANNELS": plan.channels,
-        "R": tile.rows,
-        "U": tile.depth,
-        "G": tile.columns if problem.inner == 1 else power_of_two(plan.channels),
-        "RAGGED": problem.outer != tile.rows * tile.depth,
-        "MASKED": plan.channels * problem.inner != tile.columns or problem.channels % plan.channels != 0,
-        "num_warps": tile.warps,
-        **_layout(problem, tile.columns),
-        **_activation(problem),
-    }
-    return -(-problem.channels // plan.channels), constants
+    constants = _constants(
+        problem,
+        tile,
+        G=tile.columns if problem.inner == 1 else power_of_two(plan.channels),
+        MASKED=plan.channels * problem.inner != tile.columns or problem.channels % plan.channels != 0,
+        CHANNELS=plan.channels,
+        INNER=problem.inner,
+        RAGGED=problem.outer != tile.rows * tile.depth,
+    )
+    return -(-problem.channels // plan.channels), _options(constants, tile)
 
 
-def _merge(problem: Problem, plan: Plan, group: int) -> dict[str, Any]:
-    """The constants of a prologue that merges partials: about 2K values at a time."""
-    if plan.reduce is None:
-        return {"Q": 1, "K_PARTIAL": 1}
-    _, _, blocks, _ = _tiled(problem, plan.reduce)
-    q = min(power_of_two(plan.reduce.splits * blocks), max(2048 // group, 1))
-    return {"Q": q, "K_PARTIAL": plan.reduce.columns}
+@lru_cache(maxsize=4096)
+def _tiled(problem: Problem, tile: Tile, partial: Tile | None) -> tuple[int, int, dict[str, Any]]:
+    """Programs, rows a split and constants of a launch that merges the partials of another tile."""
+    group = power_of_two(tile_channels(tile.columns, problem.inner))
+    others = {"G": group, "MASKED": problem.row % tile.columns != 0}
+    if partial is not None:
+        # About 1K values at a time: more would cost the transform its registers.
+        _, splits, blocks = _geometry(problem, partial)
+        others["Q"] = min(power_of_two(splits * blocks), max(1024 // group, 1))
+        others["K_PARTIAL"] = partial.columns
+    programs = -(-problem.row // tile.columns) * tile.splits
+    return programs, _geometry(problem, tile)[0], _options(_constants(problem, tile, **others), tile)
 
 
-def _partials(problem: Problem, plan: Plan, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    assert plan.reduce is not None
-    _, rows, blocks, _ = _tiled(problem, plan.reduce)
-    splits = plan.reduce.splits
-    shape = (2, splits * blocks, problem.channels)
-    return x.new_empty(shape, dtype=accumulator(problem)), (rows, splits, blocks)
+def _geometry(problem: Problem, tile: Tile) -> tuple[int, int, int]:
+    """(rows a split, splits, blocks a channel) of a launch over blocks of columns and ranges of rows."""
+    chunk = tile.rows * tile.depth
+    rows = -(-problem.outer // (tile.splits * chunk)) * chunk
+    return rows, tile.splits, channel_blocks(tile.columns, problem.inner)
+
+
+def _options(constants: Constants, tile: Tile) -> dict[str, Any]:
+    return {"T": constants, "num_warps": tile.warps, "enable_fp_fusion": True}
+
+
+def _partials(problem: Problem, tile: Tile, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """Room for what the programs of a first launch find, and its geometry."""
+    geometry = _geometry(problem, tile)
+    shape = (2, geometry[1] * geometry[2], problem.channels)
+    return x.new_empty(shape, dtype=accumulator(problem)), geometry
 
 
 def _outputs(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -157,12 +151,13 @@ def forward(
             constants,
         )  # fmt: skip
         return y, stats, packed
-    partials, geometry = _partials(problem, plan, x)
-    programs, _, _, constants = _tiled(problem, plan.reduce)
+    assert plan.reduce is not None
+    partials, geometry = _partials(problem, plan.reduce, x)
+    programs, _, constants = _tiled(problem, plan.reduce, None)
     run(
         moments_kernel,
         programs,
-        (x, partials, num_batches_tracked, problem.sizes, problem.strides, *geometry),
+        (x, partials, num_batches_tracked, problem.sizes, problem.strides, geometry),
         constants,
     )
     _normalize(
@@ -209,20 +204,15 @@ def _normalize(
     eps: float,
     geometry: tuple[int, int, int],
 ) -> None:
-    programs, rows, _, constants = _tiled(problem, plan.transform)
+    programs, rows, constants = _tiled(problem, plan.transform, plan.reduce)
     run(
         normalize_kernel,
         programs,
         (
             x, y, residual, packed, (weight, bias), stats, partials, running, factor, _pair(eps),
-            problem.sizes, problem.strides, rows, *geometry,
+            problem.sizes, problem.strides, rows, geometry,
         ),
-        {
-            **constants,
-            **_activation(problem),
-            **_merge(problem, plan, constants["G"]),
-            "CUMULATIVE": problem.cumulative,
-        },
+        {**constants, "CUMULATIVE": problem.cumulative},
     )  # fmt: skip
 
 
@@ -272,18 +262,18 @@ def backward(
     partials, geometry = None, (0, 0, 0)
     if sums:
         assert plan.reduce is not None
-        partials, geometry = _partials(problem, plan, dy)
-        programs, _, _, constants = _tiled(problem, plan.reduce)
+        partials, geometry = _partials(problem, plan.reduce, dy)
+        programs, _, constants = _tiled(problem, plan.reduce, None)
         run(
             backward_reduce_kernel,
             programs,
             (
                 dy, x, residual, packed, affine, stats, partials,
-                problem.sizes, problem.strides, *geometry,
+                problem.sizes, problem.strides, geometry,
             ),
-            {**constants, **_activation(problem)},
+            constants,
         )  # fmt: skip
-    programs, rows, _, constants = _tiled(problem, plan.transform)
+    programs, rows, constants = _tiled(problem, plan.transform, plan.reduce)
     if dx is None and stored is None:
         if partials is None:
             return dx, dweight, dbias, dresidual
@@ -294,14 +284,9 @@ def backward(
         programs,
         (
             dy, x, residual, packed, affine, stats, partials, dx, stored, dparameters, problem.count,
-            problem.sizes, problem.strides, rows, *geometry,
+            problem.sizes, problem.strides, rows, geometry,
         ),
-        {
-            **constants,
-            **_activation(problem),
-            **_merge(problem, plan, constants["G"]),
-            "TRAINING": problem.training,
-        },
+        {**constants, "TRAINING": problem.training},
     )  # fmt: skip
     return dx, dweight, dbias, dresidual
 

@@ -132,7 +132,7 @@ RESIDENT = {"forward": 48 << 10, "backward": 24 << 10}
 DEPTH = 24
 
 #: Members a tile's columns may have to be compared with, columns x channels, before that spills.
-MEMBERS = 8 << 10
+MEMBERS = 4 << 10
 
 
 def power_of_two(n: int) -> int:
@@ -172,7 +172,8 @@ def heuristic(problem: Problem, device: Device) -> Plan:
     if problem.training:
         for plan in _resident(problem):
             return plan
-    return _split(problem, device, scale=1, depth=_depth(problem), warps=4)
+    # channels_last has few programs (below): they need more warps to keep as many bytes in flight.
+    return _split(problem, device, 1, _depth(problem), 8 if problem.inner == 1 else 4)
 
 
 def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
@@ -180,7 +181,7 @@ def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
     plans = [heuristic(problem, device)]
     if problem.training:
         plans += _resident(problem)
-    for scale, depth, warps in product((1, 2, 4), (1, 2, 4, 8), (4, 8)):
+    for scale, depth, warps in product((1, 2, 4), (1, 2, 4, 8), (4, 8, 16)):
         if depth <= 2 * _depth(problem):
             plans.append(_split(problem, device, scale, depth, warps))
     return tuple(dict.fromkeys(plans))
@@ -243,7 +244,7 @@ def _split(problem: Problem, device: Device, scale: int, depth: int, warps: int)
 
 
 def _tile(problem: Problem, device: Device, scale: int, depth: int, warps: int) -> Tile:
-    """16 bytes a thread; rows are split among programs until there are 4 (channels_last: 2) for each processor."""
+    """16 bytes a thread; rows are split among programs until each processor has 8 of them (channels_last: 2)."""
     vector = 16 // problem.itemsize
     values = warps * 32 * vector
     if problem.inner == 1:
@@ -255,7 +256,7 @@ def _tile(problem: Problem, device: Device, scale: int, depth: int, warps: int) 
         columns = min(power_of_two(problem.row), values)
         while columns * power_of_two(tile_channels(columns, problem.inner)) > MEMBERS:
             columns //= 2
-        programs = 4 * device.processors * scale
+        programs = 8 * device.processors * scale
     columns = max(columns, 8)
     rows = max(min(values // columns, power_of_two(problem.outer)), 1)
     while depth > 1 and rows * depth >= 2 * problem.outer:

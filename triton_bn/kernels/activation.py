@@ -34,82 +34,82 @@ def normal_cdf(z):
 
 
 @triton.jit
-def activate(z, KIND: tl.constexpr, PARAMETER: tl.constexpr):
+def activate(z, T: tl.constexpr):
     """activation(z). NaN stays NaN: comparisons are written so that it falls through."""
-    if KIND is None:
+    if T.KIND is None:
         return z
-    elif KIND == "relu":
+    elif T.KIND == "relu":
         return tl.where(z <= 0, 0.0, z)
-    elif KIND == "relu6":
+    elif T.KIND == "relu6":
         return tl.where(z <= 0, 0.0, tl.where(z >= 6, 6.0, z))
-    elif KIND == "leaky_relu":
-        return tl.where(z > 0, z, z * PARAMETER)
-    elif KIND == "silu":
+    elif T.KIND == "leaky_relu":
+        return tl.where(z > 0, z, z * T.PARAMETER)
+    elif T.KIND == "silu":
         return z * tl.sigmoid(z)
-    elif KIND == "hardswish":
+    elif T.KIND == "hardswish":
         return z * tl.where(z <= -3, 0.0, tl.where(z >= 3, 6.0, z + 3)) / 6
-    elif KIND == "gelu":
+    elif T.KIND == "gelu":
         return z * normal_cdf(z)
-    elif KIND == "elu":
-        return tl.where(z < 0, PARAMETER * expm1(tl.minimum(z, 0.0)), z)
-    elif KIND == "mish":
+    elif T.KIND == "elu":
+        return tl.where(z < 0, T.PARAMETER * expm1(tl.minimum(z, 0.0)), z)
+    elif T.KIND == "mish":
         return z * tanh_softplus(z)
-    elif KIND == "sigmoid":
+    elif T.KIND == "sigmoid":
         return tl.sigmoid(z)
     else:
-        tl.static_assert(KIND == "tanh")
+        tl.static_assert(T.KIND == "tanh")
         return tanh(z)
 
 
 @triton.jit
-def steep(z, KIND: tl.constexpr):
+def steep(z, T: tl.constexpr):
     """For the activations with two slopes: whether the slope at z is 1. NaN goes as in PyTorch."""
-    if KIND == "relu":
+    if T.KIND == "relu":
         return (z <= 0) == 0
-    elif KIND == "relu6":
+    elif T.KIND == "relu6":
         return ((z <= 0) | (z >= 6)) == 0
     else:
-        tl.static_assert(KIND == "leaky_relu")
+        tl.static_assert(T.KIND == "leaky_relu")
         return z > 0
 
 
 @triton.jit
-def gradient_by_bit(dy, bit, KIND: tl.constexpr, PARAMETER: tl.constexpr):
+def gradient_by_bit(dy, bit, T: tl.constexpr):
     """dy * slope for the activations with two slopes; where the slope is 0, so is the product."""
-    if KIND == "leaky_relu":
-        return tl.where(bit, dy, dy * PARAMETER)
+    if T.KIND == "leaky_relu":
+        return tl.where(bit, dy, dy * T.PARAMETER)
     else:
         return tl.where(bit, dy, 0.0)
 
 
 @triton.jit
-def slope(z, KIND: tl.constexpr, PARAMETER: tl.constexpr):
+def slope(z, T: tl.constexpr):
     """The derivative at z of the activations that are no two straight lines."""
-    if KIND == "silu":
+    if T.KIND == "silu":
         s = tl.sigmoid(z)
         return s * (1 + z * (1 - s))
-    elif KIND == "hardswish":
+    elif T.KIND == "hardswish":
         return tl.where(z <= -3, 0.0, tl.where(z >= 3, 1.0, z / 3 + 0.5))
-    elif KIND == "gelu":
+    elif T.KIND == "gelu":
         return normal_cdf(z) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
-    elif KIND == "elu":
-        return tl.where(z > 0, 1.0, PARAMETER * tl.exp(z))
-    elif KIND == "mish":
+    elif T.KIND == "elu":
+        return tl.where(z > 0, 1.0, T.PARAMETER * tl.exp(z))
+    elif T.KIND == "mish":
         t = tanh_softplus(z)
         return t + z * (1 - t * t) * tl.sigmoid(z)
-    elif KIND == "sigmoid":
+    elif T.KIND == "sigmoid":
         s = tl.sigmoid(z)
         return s * (1 - s)
     else:
-        tl.static_assert(KIND == "tanh")
+        tl.static_assert(T.KIND == "tanh")
         t = tanh(z)
         return 1 - t * t
 
 
 @triton.jit
-def gradient(dy, z, KIND: tl.constexpr, PARAMETER: tl.constexpr):
+def gradient(dy, z, T: tl.constexpr):
     """dy * activation'(z)."""
-    if KIND == "relu" or KIND == "relu6" or KIND == "leaky_relu":
-        return gradient_by_bit(dy, steep(z, KIND), KIND, PARAMETER)
+    if T.KIND == "relu" or T.KIND == "relu6" or T.KIND == "leaky_relu":
+        return gradient_by_bit(dy, steep(z, T), T)
     else:
-        return dy * slope(z, KIND, PARAMETER)
+        return dy * slope(z, T)

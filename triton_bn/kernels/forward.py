@@ -1,218 +1,187 @@
 """The transform, alone (:func:`normalize_kernel`) and with the moments (:func:`forward_kernel`)."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from triton_bn.kernels.activation import activate, steep
-from triton_bn.kernels.moments import (
-    chunk_moments,
-    fold_moments,
-    load_chunk,
-    merge_axis,
-    merge_partials,
-)
+from triton_bn.kernels.moments import chunk_moments, fold_moments, merge_partials
 from triton_bn.kernels.tile import (
     double,
-    load,
     load_channel,
+    load_chunk,
+    load_dense,
+    row_range,
     spread,
-    store,
+    store_dense,
     tile_columns,
     tile_mask,
     tile_offsets,
 )
 
 
+class Affine(NamedTuple):
+    """z = (x - mean) * scale + bias, each [1, K]."""
+
+    mean: Any
+    scale: Any
+    bias: Any
+
+
 @triton.jit
-def preactivation(x, mean, scale, bias, residual):
-    """z = (x - mean) * scale + bias + residual.
+def column_affine(mean, invstd, parameters, columns, T: tl.constexpr):
+    """The transform of each column from its statistics [1, K] and (weight, bias)."""
+    weight = load_channel(parameters[0], columns.channel, columns.mask, 1.0, T.ACC)
+    bias = load_channel(parameters[1], columns.channel, columns.mask, 0.0, T.ACC)
+    return Affine(mean, invstd * weight[None, :], bias[None, :])
+
+
+@triton.jit
+def preactivation(
+    x, affine, p_residual, n, n_end, row, columns,
+    RAGGED: tl.constexpr, POLICY: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """z = (x - mean) * scale + bias + residual of one tile.
 
     Centred first: x * scale + (bias - mean * scale) would save an addition and lose the digits
     that x and mean share. Forward and backward call this very function, so that both see the same z.
     """
-    z = tl.fma(x - mean, scale, bias)
-    if residual is None:
+    z = tl.fma(x.to(T.ACC) - affine.mean, affine.scale, affine.bias)
+    if p_residual is None:
         return z
     else:
-        return z + residual
+        return z + load_dense(p_residual, n, n_end, row, columns, RAGGED, POLICY, T).to(T.ACC)
 
 
 @triton.jit
-def pack_bits(bit, R: tl.constexpr, K: tl.constexpr):
-    """[R, K] booleans → [R, K // 8] bytes, lowest bit first."""
-    weighted = tl.reshape(bit.to(tl.int32), (R, K // 8, 8)) << tl.arange(0, 8)[None, None, :]
-    return tl.sum(weighted, 2).to(tl.uint8)
-
-
-@triton.jit
-def column_vectors(mean, invstd, affine, c, m_column, ACC: tl.constexpr):
-    """What the transform of each column needs: (mean, scale, bias), each [1, K]."""
-    scale = invstd * load_channel(affine[0], c, m_column, 1.0, ACC)
-    bias = load_channel(affine[1], c, m_column, 0.0, ACC)
-    return mean[None, :], scale[None, :], bias[None, :]
+def store_bits(p_bits, bit, n, n_end, row, columns, T: tl.constexpr):
+    """Packs [R, K] booleans, lowest bit first. A row's bits start on a byte, and so do a tile's."""
+    weighted = tl.reshape(bit.to(tl.int32), (T.R, T.K // 8, 8)) << tl.arange(0, 8)[None, None, :]
+    byte = columns.begin // 8 + tl.arange(0, T.K // 8)
+    offsets = tile_offsets(n, (row + 7) // 8, byte, 1, T)
+    mask = (n + tl.arange(0, T.R) < n_end)[:, None] & (byte * 8 < columns.end)[None, :]
+    tl.store(p_bits + offsets, tl.sum(weighted, 2).to(tl.uint8), mask=mask)
 
 
 @triton.jit
 def transform_tile(
-    x, p_y, p_residual, p_bits, n, n_end, row, begin, end, k, m_column, vectors,
-    R: tl.constexpr, K: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr,
-    MASKED: tl.constexpr, KIND: tl.constexpr, PARAMETER: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Writes activation(z) of one [R, K] tile, and where p_bits is given, whether its slope is 1."""
-    o_y = tile_offsets(n, row, k, R, VECTOR, WIDE)
-    if RAGGED:
-        mask = tile_mask(n, n_end, m_column, R, K)
-    else:
-        mask = tl.broadcast_to(m_column[None, :], (R, K))
-    if p_residual is None:
-        residual = None
-    else:
-        residual = load(p_residual, o_y, mask, RAGGED or MASKED, "evict_first").to(ACC)
-    z = preactivation(x.to(ACC), vectors[0], vectors[1], vectors[2], residual)
-    store(p_y, o_y, activate(z, KIND, PARAMETER), mask, RAGGED or MASKED, "evict_first")
+    x, p_y, p_residual, p_bits, n, n_end, row, columns, affine, RAGGED: tl.constexpr, T: tl.constexpr
+):
+    """Writes activation(z) of one tile, and where p_bits is given, whether its slope is 1."""
+    z = preactivation(x, affine, p_residual, n, n_end, row, columns, RAGGED, "evict_first", T)
+    store_dense(p_y, activate(z, T), n, n_end, row, columns, RAGGED, T)
     if p_bits is not None:
-        # A row's bits start on a byte of their own, and so do a tile's: begin is a multiple of 8.
-        pitch = (row + 7) // 8
-        byte = begin // 8 + tl.arange(0, K // 8)
-        o_bits = tile_offsets(n, pitch, byte, R, 1, WIDE)
-        m_bits = tile_mask(n, n_end, byte * 8 < end, R, K // 8)
-        bit = steep(z, KIND) & m_column[None, :]
-        tl.store(p_bits + o_bits, pack_bits(bit, R, K), mask=m_bits)
+        bit = steep(z, T) & tile_mask(n, n_end, columns.mask, RAGGED, T)
+        store_bits(p_bits, bit, n, n_end, row, columns, T)
 
 
 @triton.jit
 def publish(
-    p_stats, running, momentum, count, mean, m2, invstd, c, m_owner, channels,
-    CUMULATIVE: tl.constexpr, ACC: tl.constexpr,
+    p_stats, running, momentum, a, invstd, channel, m_owner, channels,
+    CUMULATIVE: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Stores the statistics of channels c for backward, and advances the running ones.
+    """Stores the statistics of some channels for backward, and advances the running ones.
 
     running = (1 - f) * running + f * batch, with the unbiased variance; f is the momentum, or
     1 / num_batches_tracked (advanced by an earlier launch) for the cumulative average.
     """
-    tl.store(p_stats + c, mean, mask=m_owner)
-    tl.store(p_stats + channels + c, invstd, mask=m_owner)
+    tl.store(p_stats + channel, a.mean, mask=m_owner)
+    tl.store(p_stats + channels + channel, invstd, mask=m_owner)
     if running[0] is not None:
         if CUMULATIVE:
-            factor = 1 / tl.load(running[2]).to(ACC)
+            factor = 1 / tl.load(running[2]).to(T.ACC)
         else:
-            factor = double(momentum, ACC)
-        old_mean = tl.load(running[0] + c, mask=m_owner, other=0.0).to(ACC)
-        old_var = tl.load(running[1] + c, mask=m_owner, other=0.0).to(ACC)
-        new_mean = (1 - factor) * old_mean + factor * mean
-        new_var = (1 - factor) * old_var + factor * (m2 / (count - 1))
-        tl.store(running[0] + c, tl.cast(new_mean, running[0].dtype.element_ty), mask=m_owner)
-        tl.store(running[1] + c, tl.cast(new_var, running[1].dtype.element_ty), mask=m_owner)
+            factor = double(momentum, T.ACC)
+        old_mean = tl.load(running[0] + channel, mask=m_owner, other=0.0).to(T.ACC)
+        old_var = tl.load(running[1] + channel, mask=m_owner, other=0.0).to(T.ACC)
+        mean = (1 - factor) * old_mean + factor * a.mean
+        var = (1 - factor) * old_var + factor * (a.m2 / (a.count - 1))
+        tl.store(running[0] + channel, tl.cast(mean, running[0].dtype.element_ty), mask=m_owner)
+        tl.store(running[1] + channel, tl.cast(var, running[1].dtype.element_ty), mask=m_owner)
 
 
 @triton.jit
 def normalize_kernel(
-    p_x, p_y, p_residual, p_bits, affine, p_stats, p_partials, running, momentum, eps,
-    sizes, strides, rows, partial_rows, splits, blocks,
-    R: tl.constexpr, K: tl.constexpr, U: tl.constexpr, G: tl.constexpr, Q: tl.constexpr,
-    K_PARTIAL: tl.constexpr, KIND: tl.constexpr, PARAMETER: tl.constexpr, CUMULATIVE: tl.constexpr,
-    ACC: tl.constexpr, EACH: tl.constexpr, DENSE: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
-    MASKED: tl.constexpr,
+    p_x, p_y, p_residual, p_bits, parameters, p_stats, p_partials, running, momentum, eps,
+    sizes, strides, rows, partial, CUMULATIVE: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """y = activation((x - mean) * invstd * weight + bias + residual) over a block of columns and rows.
 
-    With p_partials (of :func:`moments_kernel`) every program merges those of its channels first, and the
-    first to touch a channel publishes its statistics. Without, mean and variance are given: ``running``.
+    With p_partials (of :func:`triton_bn.kernels.moments.moments_kernel`) every program merges those of its
+    channels first, and the first to touch a channel publishes its statistics. Without, mean and variance
+    are given: ``running``.
     """
+    DEPTH: tl.constexpr = T.U
     row = sizes[1] * sizes[2]
-    n_blocks = tl.cdiv(row, K)
+    n_blocks = tl.cdiv(row, T.K)
     # Backwards: what the moments read last is still in L2.
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     i_block = pid % n_blocks
     i_split = pid // n_blocks
-    if WIDE:
-        i_block = i_block.to(tl.int64)
-    begin = i_block * K
-    k, c, o_x, m_column = tile_columns(begin, row, sizes, strides, K, DENSE)
-    first = begin // sizes[2]
-    channel = first + tl.arange(0, G)
-    owner = (channel * sizes[2] // K == pid) & (channel < sizes[1])
+    columns = tile_columns(i_block * T.K, row, sizes[2], strides, T)
+    first = columns.begin // sizes[2]
+    channel = first + tl.arange(0, T.G)
+    # A channel's first block in the first split: pid is i_block there, and larger in every other.
+    owner = (channel * sizes[2] // T.K == pid) & (channel < sizes[1])
     if p_partials is None:
         mask = channel < sizes[1]
-        mean = tl.load(running[0] + channel, mask=mask, other=0.0).to(ACC)
-        variance = tl.load(running[1] + channel, mask=mask, other=0.0).to(ACC)
-        invstd = tl.rsqrt(variance + double(eps, ACC))
+        mean = tl.load(running[0] + channel, mask=mask, other=0.0).to(T.ACC)
+        variance = tl.load(running[1] + channel, mask=mask, other=0.0).to(T.ACC)
+        invstd = tl.rsqrt(variance + double(eps, T.ACC))
         tl.store(p_stats + channel, mean, mask=owner)
         tl.store(p_stats + sizes[1] + channel, invstd, mask=owner)
     else:
-        count, mean, m2 = merge_partials(
-            p_partials, channel, sizes, partial_rows, splits, blocks, K_PARTIAL, G, Q, ACC
-        )
-        invstd = tl.rsqrt(m2 / tl.maximum(count, 1) + double(eps, ACC))
-        publish(
-            p_stats, running, momentum, count, mean, m2, invstd, channel, owner, sizes[1],
-            CUMULATIVE, ACC,
-        )  # fmt: skip
-    vectors = column_vectors(
-        spread(mean, c, first, G, EACH), spread(invstd, c, first, G, EACH), affine, c, m_column, ACC
+        a = merge_partials(p_partials, channel, sizes, partial, T)
+        mean = a.mean
+        invstd = tl.rsqrt(a.m2 / tl.maximum(a.count, 1) + double(eps, T.ACC))
+        publish(p_stats, running, momentum, a, invstd, channel, owner, sizes[1], CUMULATIVE, T)
+    affine = column_affine(
+        spread(mean, columns, first, T), spread(invstd, columns, first, T), parameters, columns, T
     )
-    n_begin = i_split * rows
-    n_end = tl.minimum(n_begin + rows, sizes[0])
-    n_ragged = n_begin + tl.maximum(n_end - n_begin, 0) // (R * U) * (R * U)
-    for n in range(n_begin, n_ragged, R * U):
-        tiles = load_chunk(
-            p_x, n, n_end, strides[0], o_x, m_column,
-            R, K, U, VECTOR, WIDE, False, MASKED, "evict_first",
-        )  # fmt: skip
-        for u in tl.static_range(U):
+    n_begin, n_ragged, n_end = row_range(i_split, rows, sizes[0], T)
+    for n in range(n_begin, n_ragged, T.R * T.U):
+        x = load_chunk(
+            p_x, n, n_end, strides[0], columns.offset, columns, T.U, False, "evict_first", T
+        )
+        for u in tl.static_range(DEPTH):
             transform_tile(
-                tiles[u], p_y, p_residual, p_bits, n + u * R, n_end, row, begin, row, k, m_column, vectors,
-                R, K, VECTOR, WIDE, False, MASKED, KIND, PARAMETER, ACC,
-            )  # fmt: skip
-    for n in range(n_ragged, n_end, R):
-        tiles = load_chunk(
-            p_x, n, n_end, strides[0], o_x, m_column,
-            R, K, 1, VECTOR, WIDE, True, MASKED, "evict_first",
-        )  # fmt: skip
-        transform_tile(
-            tiles[0], p_y, p_residual, p_bits, n, n_end, row, begin, row, k, m_column, vectors,
-            R, K, VECTOR, WIDE, True, MASKED, KIND, PARAMETER, ACC,
-        )  # fmt: skip
+                x[u], p_y, p_residual, p_bits, n + u * T.R, n_end, row, columns, affine, False, T
+            )
+    for n in range(n_ragged, n_end, T.R):
+        x = load_chunk(p_x, n, n_end, strides[0], columns.offset, columns, 1, True, "evict_first", T)
+        transform_tile(x[0], p_y, p_residual, p_bits, n, n_end, row, columns, affine, True, T)
 
 
 @triton.jit
 def forward_kernel(
-    p_x, p_y, p_residual, p_bits, affine, p_stats, running, momentum, eps, sizes, strides,
-    INNER: tl.constexpr, CHANNELS: tl.constexpr, R: tl.constexpr, K: tl.constexpr, U: tl.constexpr,
-    G: tl.constexpr, KIND: tl.constexpr, PARAMETER: tl.constexpr, ACC: tl.constexpr, EACH: tl.constexpr,
-    DENSE: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr, RAGGED: tl.constexpr,
-    MASKED: tl.constexpr,
+    p_x, p_y, p_residual, p_bits, parameters, p_stats, running, momentum, eps, sizes, strides,
+    T: tl.constexpr,
 ):  # fmt: skip
     """Training in one read: a program holds CHANNELS whole channels, U tiles of R rows, in registers.
 
-    INNER is S, as a constant, so that the compiler sees where 16-byte accesses may start.
+    S is the constant INNER here, so that the compiler sees where 16-byte accesses may start.
     """
-    row = sizes[1] * INNER
-    first = tl.program_id(0) * CHANNELS
+    DEPTH: tl.constexpr = T.U
+    row = sizes[1] * T.INNER
+    first = tl.program_id(0) * T.CHANNELS
     if running[2] is not None:
         if first == 0:
             tl.store(running[2], tl.load(running[2]) + 1)
-    begin = tl.program_id(0) * (CHANNELS * INNER)
-    if WIDE:
-        begin = begin.to(tl.int64)
-    end = tl.minimum(begin + CHANNELS * INNER, row)
-    k, c, o_x, m_column = tile_columns(begin, end, (sizes[0], sizes[1], INNER), strides, K, DENSE)
-    tiles = load_chunk(
-        p_x, 0, sizes[0], strides[0], o_x, m_column, R, K, U, VECTOR, WIDE, RAGGED, MASKED, "evict_first"
+    begin = tl.program_id(0) * (T.CHANNELS * T.INNER)
+    end = tl.minimum(begin + T.CHANNELS * T.INNER, row)
+    columns = tile_columns(begin, end, T.INNER, strides, T)
+    x = load_chunk(
+        p_x, 0, sizes[0], strides[0], columns.offset, columns, T.U, T.RAGGED, "evict_first", T
     )
-    count, mean, m2 = chunk_moments(tiles, 0, sizes[0], R, U, RAGGED, ACC)
-    count, mean, m2 = merge_axis(count, mean, m2, 0)
-    count, mean, m2 = fold_moments(count, mean, m2, c, first, m_column, G, EACH)
-    invstd = tl.rsqrt(m2 / tl.maximum(count, 1) + double(eps, ACC))
-    channel = first + tl.arange(0, G)
-    publish(
-        p_stats, running, momentum, count, mean, m2, invstd, channel, count > 0, sizes[1], False, ACC
+    a = fold_moments(chunk_moments(x, 0, sizes[0], T.RAGGED, T), columns, first, T)
+    invstd = tl.rsqrt(a.m2 / tl.maximum(a.count, 1) + double(eps, T.ACC))
+    channel = first + tl.arange(0, T.G)
+    publish(p_stats, running, momentum, a, invstd, channel, a.count > 0, sizes[1], False, T)
+    affine = column_affine(
+        spread(a.mean, columns, first, T), spread(invstd, columns, first, T), parameters, columns, T
     )
-    vectors = column_vectors(
-        spread(mean, c, first, G, EACH), spread(invstd, c, first, G, EACH), affine, c, m_column, ACC
-    )
-    for u in tl.static_range(U):
+    for u in tl.static_range(DEPTH):
         transform_tile(
-            tiles[u], p_y, p_residual, p_bits, u * R, sizes[0], row, begin, end, k, m_column, vectors,
-            R, K, VECTOR, WIDE, RAGGED, MASKED, KIND, PARAMETER, ACC,
-        )  # fmt: skip
+            x[u], p_y, p_residual, p_bits, u * T.R, sizes[0], row, columns, affine, T.RAGGED, T
+        )

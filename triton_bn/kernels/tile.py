@@ -1,7 +1,42 @@
 """Tiles: which values a program holds, and how column and channel vectors turn into one another."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Constants(NamedTuple):
+    """What is fixed when a kernel is compiled: its tile, and what problem and plan say about it."""
+
+    R: int  #: rows of a tile
+    K: int  #: columns of a tile
+    U: int  #: tiles in flight
+    G: int  #: channels that a tile's columns may touch
+    ACC: Any  #: dtype of sums and statistics
+    EACH: bool  #: every column is a channel of its own (S = 1)
+    DENSE: bool  #: the input is dense like everything else
+    VECTOR: int  #: values that divide the distance between rows
+    WIDE: bool  #: offsets need 64 bits
+    MASKED: bool  #: a tile may reach past its last column
+    KIND: Any  #: activation, or None
+    PARAMETER: Any  #: the activation's parameter, or None
+    CHANNELS: int = 0  #: resident: whole channels of a program
+    INNER: int = 0  #: resident: S
+    RAGGED: bool = False  #: resident: the tiles may reach past the last row
+    Q: int = 1  #: partials merged at a time
+    K_PARTIAL: int = 1  #: columns of the tile that the partials come from
+
+
+class Columns(NamedTuple):
+    """The columns of a tile: [begin, end) of a row, and per column [K] ..."""
+
+    begin: Any
+    end: Any
+    k: Any  #: ... its position in a dense row,
+    channel: Any  #: ... its channel,
+    offset: Any  #: ... its position in a row of the input,
+    mask: Any  #: ... whether it lies before the end.
 
 
 @triton.jit
@@ -11,30 +46,35 @@ def double(pair, ACC: tl.constexpr):
 
 
 @triton.jit
-def tile_columns(k_begin, k_end, sizes, strides, K: tl.constexpr, DENSE: tl.constexpr):
-    """Columns k_begin + [0, K): their positions in a row, their channels, offsets in the input, mask."""
-    k = k_begin + tl.arange(0, K)
-    c = k // sizes[2]
-    if DENSE:
-        o_x = k
+def tile_columns(begin, end, inner, strides, T: tl.constexpr):
+    """Columns begin + [0, K) of rows that end at ``end``."""
+    if T.WIDE:
+        begin = tl.cast(begin, tl.int64)
+    k = begin + tl.arange(0, T.K)
+    channel = k // inner
+    if T.DENSE:
+        offset = k
     else:
-        o_x = c * strides[1] + (k - c * sizes[2]) * strides[2]
-    return k, c, o_x, k < k_end
+        offset = channel * strides[1] + (k - channel * inner) * strides[2]
+    return Columns(begin, end, k, channel, offset, k < end)
 
 
 @triton.jit
-def tile_offsets(n, stride, o_column, R: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr):
+def tile_offsets(n, stride, o_column, VECTOR: tl.constexpr, T: tl.constexpr):
     """[R, K] offsets of rows n + [0, R), ``stride`` apart; VECTOR divides the stride."""
-    i_row = n + tl.arange(0, R)
-    if WIDE:
+    i_row = n + tl.arange(0, T.R)
+    if T.WIDE:
         i_row = i_row.to(tl.int64)
     return tl.multiple_of(i_row * stride, VECTOR)[:, None] + o_column[None, :]
 
 
 @triton.jit
-def tile_mask(n, n_end, m_column, R: tl.constexpr, K: tl.constexpr):
-    """[R, K]: rows before n_end, columns of the tile."""
-    return (n + tl.arange(0, R) < n_end)[:, None] & m_column[None, :]
+def tile_mask(n, n_end, m_column, RAGGED: tl.constexpr, T: tl.constexpr):
+    """[R, K]: columns of the tile and, where it is RAGGED, rows before n_end."""
+    if RAGGED:
+        return (n + tl.arange(0, T.R) < n_end)[:, None] & m_column[None, :]
+    else:
+        return tl.broadcast_to(m_column[None, :], (T.R, T.K))
 
 
 @triton.jit
@@ -47,42 +87,77 @@ def load(p, offsets, mask, MASKED: tl.constexpr, POLICY: tl.constexpr):
 
 
 @triton.jit
-def store(p, offsets, value, mask, MASKED: tl.constexpr, POLICY: tl.constexpr):
+def load_dense(p, n, n_end, row, columns, RAGGED: tl.constexpr, POLICY: tl.constexpr, T: tl.constexpr):
+    """A tile of a dense tensor."""
+    offsets = tile_offsets(n, row, columns.k, T.VECTOR, T)
+    mask = tile_mask(n, n_end, columns.mask, RAGGED, T)
+    return load(p, offsets, mask, RAGGED or T.MASKED, POLICY)
+
+
+@triton.jit
+def store_dense(p, value, n, n_end, row, columns, RAGGED: tl.constexpr, T: tl.constexpr):
+    """Writes a tile of a dense tensor, past L2 where it can: nobody here reads it again."""
+    offsets = tile_offsets(n, row, columns.k, T.VECTOR, T)
     value = tl.cast(value, p.dtype.element_ty)
-    if MASKED:
-        tl.store(p + offsets, value, mask=mask, eviction_policy=POLICY)
+    if RAGGED or T.MASKED:
+        mask = tile_mask(n, n_end, columns.mask, RAGGED, T)
+        tl.store(p + offsets, value, mask=mask, eviction_policy="evict_first")
     else:
-        tl.store(p + offsets, value, eviction_policy=POLICY)
+        tl.store(p + offsets, value, eviction_policy="evict_first")
 
 
 @triton.jit
-def members(c, first, m_column, G: tl.constexpr):
+def load_chunk(
+    p, n, n_end, stride, o_column, columns,
+    U: tl.constexpr, RAGGED: tl.constexpr, POLICY: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """U tiles below one another, all in flight together; RAGGED: rows may end before they do."""
+    tiles = ()
+    for u in tl.static_range(U):
+        offsets = tile_offsets(n + u * T.R, stride, o_column, T.VECTOR, T)
+        mask = tile_mask(n + u * T.R, n_end, columns.mask, RAGGED, T)
+        tiles = tiles + (load(p, offsets, mask, RAGGED or T.MASKED, POLICY),)
+    return tiles
+
+
+@triton.jit
+def row_range(i_split, rows, n, T: tl.constexpr):
+    """The rows of a split: its first, where whole chunks of U tiles end, and its end."""
+    begin = i_split * rows
+    end = tl.minimum(begin + rows, n)
+    return begin, begin + tl.maximum(end - begin, 0) // (T.R * T.U) * (T.R * T.U), end
+
+
+@triton.jit
+def members(columns, first, G: tl.constexpr):
     """[G, K]: whether column k belongs to channel first + g."""
-    return ((c - first)[None, :] == tl.arange(0, G)[:, None]) & m_column[None, :]
+    return ((columns.channel - first)[None, :] == tl.arange(0, G)[:, None]) & columns.mask[None, :]
 
 
 @triton.jit
-def fold_sums(v, c, first, m_column, G: tl.constexpr, EACH: tl.constexpr):
-    """[K] column sums → [G] channel sums. EACH: column k is channel first + k."""
-    if EACH:
-        return tl.where(m_column, v, 0)
+def fold_sums(v, columns, first, T: tl.constexpr):
+    """[R, K] sums of slots → [G] sums of channels first + g."""
+    v = tl.sum(v, 0)
+    if T.EACH:
+        return tl.where(columns.mask, v, 0)
     else:
-        return tl.sum(tl.where(members(c, first, m_column, G), v[None, :], 0), 1)
+        return tl.sum(tl.where(members(columns, first, T.G), v[None, :], 0), 1)
 
 
 @triton.jit
-def spread(v, c, first, G: tl.constexpr, EACH: tl.constexpr):
-    """[G] channels → [K] columns: each column gets its channel's value."""
-    if EACH:
-        return v
+def spread(v, columns, first, T: tl.constexpr):
+    """[G] channels → [1, K] columns: each column gets its channel's value."""
+    if T.EACH:
+        return v[None, :]
     else:
-        return tl.gather(v, tl.minimum(c - first, G - 1).to(tl.int32), 0)
+        g = tl.minimum(columns.channel - first, T.G - 1)
+        return tl.gather(v, tl.cast(g, tl.int32), 0)[None, :]
 
 
 @triton.jit
-def load_channel(p, c, mask, default, ACC: tl.constexpr):
-    """A parameter's value for each of the channels c, or the default where there is no parameter."""
+def load_channel(p, channel, mask, default, ACC: tl.constexpr):
+    """A parameter's value for each of the channels, or the default where there is no parameter."""
     if p is None:
-        return tl.full(c.shape, default, ACC)
+        return tl.full(channel.shape, default, ACC)
     else:
-        return tl.load(p + c, mask=mask, other=0.0).to(ACC)
+        return tl.load(p + channel, mask=mask, other=0.0).to(ACC)

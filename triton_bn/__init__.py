@@ -1,9 +1,22 @@
 """Batch normalization for PyTorch as Triton kernels: drop-in layers, fused with what follows them."""
 
 from triton_bn import functional
-from triton_bn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from triton_bn.convert import conversion_report, convert, revert
+from triton_bn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from triton_bn.problem import Activation
+from triton_bn.tune import tune
+from triton_bn.version import __version__
 
-__version__ = "0.1.0"
-
-__all__ = ["Activation", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "__version__", "functional"]
+__all__ = [
+    "Activation",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "SyncBatchNorm",
+    "__version__",
+    "conversion_report",
+    "convert",
+    "functional",
+    "revert",
+    "tune",
+]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from triton_bn import ops, reference
 from triton_bn.problem import Activation, check
+from triton_bn.sync import Ranks
 
 __all__ = ["batch_norm"]
 
@@ -64,31 +65,58 @@ def _batch_norm(
     eps: float,
     residual: Tensor | None,
     activation: Activation | None,
+    ranks: Ranks | None = None,
 ) -> Tensor:
-    """:func:`batch_norm` for the layers: with their counter, and ``momentum=None`` for the cumulative average."""
-    check(input, running_mean, running_var, weight, bias, training, eps)
-    if residual is not None and residual.device != input.device:
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but residual is on {residual.device}, "
-            f"different from the input on {input.device}"
-        )
+    """:func:`batch_norm` for the layers: with their counter, and ``momentum=None`` for the cumulative average.
+
+    With ``ranks``, input is this process's part of a training batch.
+    """
+    if ranks is None:
+        check(input, running_mean, running_var, weight, bias, training, eps)
+        fused = _fuses(input, residual)
+    else:
+        with ranks.together():
+            # How many values there are is a question to all ranks: here any part will do.
+            part = input if input.numel() > input.shape[1] else input.new_empty((2, input.shape[1]))
+            # FSDP's mixed precision casts parameters, not buffers: PyTorch's layer lets them differ.
+            check(part, running_mean, running_var, None, None, training, eps)
+            check(part, None, None, weight, bias, training, eps)
+            if input.shape[1] != ranks.channels:
+                raise RuntimeError(
+                    f"expected input with {ranks.channels} channels (num_features), got {input.shape[1]}"
+                )
+            fused = _fuses(input, residual)
     separate = None
-    if residual is not None and (residual.shape != input.shape or residual.dtype != input.dtype):
-        # What only PyTorch's `+` can do (broadcast, promote) is left to it, after the check that it can.
-        torch.broadcast_shapes(input.shape, residual.shape)
+    if residual is not None and not fused:
         separate, residual = (residual, activation), None
         activation = None
-    if input.numel() == 0:
+    if input.numel() == 0 and ranks is None:
         y = _empty(input, weight, bias, residual, num_batches_tracked if training else None)
         y = reference.activate(y, activation)
     else:
         y = ops.batch_norm(
             input, weight, bias, residual, running_mean, running_var,
-            num_batches_tracked, training, momentum, eps, activation,
+            num_batches_tracked, training, momentum, eps, activation, ranks,
         )  # fmt: skip
     if separate is not None:
         y = reference.activate(y + separate[0], separate[1])
     return y
+
+
+def _fuses(input: Tensor, residual: Tensor | None) -> bool:
+    """Whether the residual can be added with the transform.
+
+    What only PyTorch's ``+`` can do (broadcast, promote) is left to it, after the check that it can.
+    """
+    if residual is None:
+        return True
+    if residual.device != input.device:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but residual is on {residual.device}, "
+            f"different from the input on {input.device}"
+        )
+    torch.broadcast_shapes(input.shape, residual.shape)
+    return residual.shape == input.shape and residual.dtype == input.dtype
 
 
 def _empty(

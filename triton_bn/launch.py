@@ -6,6 +6,7 @@ Tensors are those of :mod:`triton_bn.reference`'s verbs; x comes with the proble
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -21,11 +22,13 @@ from triton_bn.kernels.backward import (
 )
 from triton_bn.kernels.forward import forward_kernel, normalize_kernel
 from triton_bn.kernels.moments import moments_kernel
+from triton_bn.kernels.ranks import merge_rows_kernel, row_kernel, sums_kernel
+from triton_bn.kernels.streamed import backward_streamed_kernel, forward_streamed_kernel
 from triton_bn.kernels.tile import Constants
 from triton_bn.plan import Plan, Tile, channel_blocks, power_of_two, tile_channels
 from triton_bn.problem import Problem, aligned_like
 
-__all__ = ["backward", "forward", "normalize"]
+__all__ = ["backward", "forward", "merge", "normalize", "row", "trial"]
 
 
 def run(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
@@ -93,6 +96,16 @@ def _tiled(problem: Problem, tile: Tile, partial: Tile | None) -> tuple[int, int
     return programs, _geometry(problem, tile)[0], _options(_constants(problem, tile, **others), tile)
 
 
+def _streamed(problem: Problem, plan: Plan, x: Tensor) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """Programs, (counters, partials, geometry) and constants of a streamed launch."""
+    items, _, constants = _tiled(problem, plan.transform, plan.transform)
+    windows = -(-items // plan.transform.splits // plan.window)
+    # A fresh memset a call: in a captured graph it is replayed with the launch, and nothing is left to reset.
+    counters = torch.zeros(1 + windows, dtype=torch.int32, device=x.device)
+    partials, geometry = _partials(problem, plan.transform, x)
+    return min(plan.programs, items), (counters, partials, geometry), constants
+
+
 def _geometry(problem: Problem, tile: Tile) -> tuple[int, int, int]:
     """(rows a split, splits, blocks a channel) of a launch over blocks of columns and ranges of rows."""
     chunk = tile.rows * tile.depth
@@ -151,19 +164,100 @@ def forward(
             constants,
         )  # fmt: skip
         return y, stats, packed
+    if plan.driver == "streamed":
+        programs, (counters, partials, geometry), constants = _streamed(problem, plan, x)
+        run(
+            forward_streamed_kernel,
+            programs,
+            (
+                x, y, residual, packed, (weight, bias), stats, partials, running, factor, _pair(eps),
+                counters, problem.sizes, problem.strides, plan.window, geometry,
+            ),
+            constants,
+        )  # fmt: skip
+        return y, stats, packed
     assert plan.reduce is not None
-    partials, geometry = _partials(problem, plan.reduce, x)
-    programs, _, constants = _tiled(problem, plan.reduce, None)
+    partials, geometry = _moments(problem, plan.reduce, x, num_batches_tracked)
+    _normalize(
+        problem, plan, x, y, residual, packed, weight, bias, stats, partials, running, factor, eps, geometry
+    )
+    return y, stats, packed
+
+
+def _moments(
+    problem: Problem, tile: Tile, x: Tensor, num_batches_tracked: Tensor | None
+) -> tuple[Tensor, tuple[int, int, int]]:
+    """Partial moments and their geometry."""
+    partials, geometry = _partials(problem, tile, x)
+    programs, _, constants = _tiled(problem, tile, None)
     run(
         moments_kernel,
         programs,
         (x, partials, num_batches_tracked, problem.sizes, problem.strides, geometry),
         constants,
     )
-    _normalize(
-        problem, plan, x, y, residual, packed, weight, bias, stats, partials, running, factor, eps, geometry
+    return partials, geometry
+
+
+@lru_cache(maxsize=4096)
+def _vectors(
+    channels: int, tile: Tile | None, splits: int, acc: Any, wide: bool = False
+) -> tuple[int, dict[str, Any]]:
+    """Programs and constants of a launch over vectors (C,): 8 channels a program, ``splits`` merged by each."""
+    constants = Constants(
+        R=1, K=1, U=1, G=8, ACC=acc, EACH=False, DENSE=True, VECTOR=1, WIDE=wide, MASKED=True,
+        KIND=None, PARAMETER=None, Q=min(power_of_two(splits), 128),
+        K_PARTIAL=1 if tile is None else tile.columns,
+    )  # fmt: skip
+    return -(-channels // 8), {"T": constants, "num_warps": 4, "enable_fp_fusion": True}
+
+
+def row(problem: Problem, plan: Plan, x: Tensor, tag: int) -> Tensor:
+    """The row (:mod:`triton_bn.sync`) of x, (2 * C + 2,) of float64."""
+    # A plan for given statistics has no tile to reduce by: the transform's walks x as well.
+    tile = plan.reduce or plan.transform
+    partials, geometry = _moments(problem, tile, x, None)
+    sent = x.new_empty(2 * problem.channels + 2, dtype=torch.float64)
+    programs, constants = _vectors(
+        problem.channels, tile, geometry[1] * geometry[2], tl.float64, problem.wide
     )
-    return y, stats, packed
+    run(row_kernel, programs, (partials, sent, problem.count, tag, problem.sizes, geometry), constants)
+    return sent
+
+
+def merge(
+    rows: Tensor,
+    count: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The rows of all ranks, (ranks, 2 * C + 2), merged in their order; the running statistics advance.
+
+    Args:
+        count: (C,), of the dtype that the result shall have; the count of all is written there.
+
+    Returns:
+        Mean and biased variance (2, C), undefined where no rank has a value; and a 1.0, or a 0.0 where the
+        tags differ or there is one value a channel in all.
+    """
+    ranks, channels = rows.shape[0], count.numel()
+    moments, agree = count.new_empty((2, channels)), rows.new_empty(())
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    programs, constants = _vectors(channels, None, ranks, tl.float64)
+    cumulative = momentum is None and num_batches_tracked is not None
+    run(
+        merge_rows_kernel,
+        programs,
+        (
+            rows, moments, count, agree, (running_mean, running_var, num_batches_tracked),
+            _pair(0.0 if momentum is None else momentum), channels, ranks,
+        ),
+        {**constants, "CUMULATIVE": cumulative},
+    )  # fmt: skip
+    return moments, agree
 
 
 def normalize(
@@ -176,9 +270,14 @@ def normalize(
     bias: Tensor | None,
     residual: Tensor | None,
     eps: float,
+    stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The transform by a given mean and biased variance, both (C,): ``y``, ``stats`` and the packed slopes."""
-    y, stats, packed = _outputs(problem, x)
+    """The transform by a given mean and biased variance, both (C,): ``y``, ``stats`` and the packed slopes.
+
+    ``stats`` may bring its room, two rows or more.
+    """
+    y, room, packed = _outputs(problem, x)
+    stats = room if stats is None else stats
     if residual is not None:
         residual = aligned_like(residual, y)
     running = (mean, variance, None)
@@ -227,10 +326,13 @@ def backward(
     residual: Tensor | None,
     packed: Tensor | None,
     needs: tuple[bool, bool, bool, bool],
+    share: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight, dbias, dresidual, each where ``needs`` says so, else ``None``.
 
-    x may be ``None`` where neither the sums nor the activation's slope need it.
+    x may be ``None`` where neither the sums nor the activation's slope need it. Where the batch is shared
+    with other processes, ``share`` turns this one's sums (2, 1, C) into the means over all values of the
+    batch, between the two launches; the problem is then that of given statistics.
     """
     like = torch.empty_like(dy if x is None else x)
     dy = aligned_like(dy, like)
@@ -246,7 +348,8 @@ def backward(
     dbias = torch.empty_like(bias) if needs_bias and bias is not None else None
     affine, dparameters = (weight, bias), (dweight, dbias)
     stored = None if problem.activation is None else dresidual
-    sums = needs_weight or needs_bias or (needs_x and problem.training)
+    training, count = problem.training or share is not None, problem.count
+    sums = needs_weight or needs_bias or (needs_x and training)
     if plan.driver == "resident" and sums:
         programs, constants = _resident(problem, plan)
         run(
@@ -256,7 +359,19 @@ def backward(
                 dy, x, residual, packed, affine, stats, dx, stored, dparameters,
                 problem.sizes, problem.strides,
             ),
-            {**constants, "TRAINING": problem.training},
+            {**constants, "TRAINING": training},
+        )  # fmt: skip
+        return dx, dweight, dbias, dresidual
+    if plan.driver == "streamed" and sums and (dx is not None or stored is not None):
+        programs, (counters, partials, geometry), constants = _streamed(problem, plan, dy)
+        run(
+            backward_streamed_kernel,
+            programs,
+            (
+                dy, x, residual, packed, affine, stats, partials, dx, stored, dparameters, problem.count,
+                counters, problem.sizes, problem.strides, plan.window, geometry,
+            ),
+            {**constants, "TRAINING": training},
         )  # fmt: skip
         return dx, dweight, dbias, dresidual
     partials, geometry = None, (0, 0, 0)
@@ -273,9 +388,14 @@ def backward(
             ),
             constants,
         )  # fmt: skip
+        if share is not None:
+            partials = _merged_sums(problem, plan.reduce, partials, geometry, stats, dparameters)
+            geometry, count, dparameters = (problem.outer, 1, 1), 1, (None, None)
+            if dx is not None:
+                share(partials)
     programs, rows, constants = _tiled(problem, plan.transform, plan.reduce)
     if dx is None and stored is None:
-        if partials is None:
+        if partials is None or share is not None:
             return dx, dweight, dbias, dresidual
         # Only the merge of the partials is left: one program for each block of columns.
         programs //= plan.transform.splits
@@ -283,12 +403,71 @@ def backward(
         backward_apply_kernel,
         programs,
         (
-            dy, x, residual, packed, affine, stats, partials, dx, stored, dparameters, problem.count,
+            dy, x, residual, packed, affine, stats, partials, dx, stored, dparameters, count,
             problem.sizes, problem.strides, rows, geometry,
         ),
-        {**constants, "TRAINING": problem.training},
+        {**constants, "TRAINING": training},
     )  # fmt: skip
     return dx, dweight, dbias, dresidual
+
+
+def _merged_sums(
+    problem: Problem,
+    tile: Tile,
+    partials: Tensor,
+    geometry: tuple[int, int, int],
+    stats: Tensor,
+    dparameters: tuple[Tensor | None, Tensor | None],
+) -> Tensor:
+    """This process's sums as one partial (2, 1, C); dweight and dbias are written."""
+    sums = partials.new_empty((2, 1, problem.channels))
+    acc = tl.float64 if problem.dtype == torch.float64 else tl.float32
+    programs, constants = _vectors(
+        problem.channels, tile, geometry[1] * geometry[2], acc, problem.wide
+    )
+    run(sums_kernel, programs, (partials, sums, stats, dparameters, problem.sizes, geometry), constants)
+    return sums
+
+
+def trial(problem: Problem, plan: Plan, device: Any = None) -> Callable[[], None]:
+    """A problem on random scratch tensors of the current GPU, ready to be run under a plan again and again.
+
+    For tuning: nothing that lives elsewhere is touched. ``device`` is taken for symmetry with the plan's other
+    callers; the tensors are on the GPU that is current.
+    """
+    place = "cpu" if interpreting() else "cuda"
+    generator = torch.Generator(place).manual_seed(0)
+    x = torch.empty_strided(problem.sizes, problem.strides, dtype=problem.dtype, device=place)
+    x.normal_(generator=generator)
+
+    def like_y() -> Tensor:
+        tensor = torch.empty(problem.sizes, dtype=problem.dtype, device=place)
+        return tensor.normal_(generator=generator)
+
+    acc = accumulator(problem)
+    vector = [torch.rand(problem.channels, dtype=acc, device=place) + 0.5 for _ in range(4)]
+    weight, bias, mean, variance = vector
+    tracked = torch.zeros((), dtype=torch.int64, device=place)
+    residual = like_y() if problem.residual else None
+    if problem.direction == "forward":
+        if problem.training:
+            momentum = None if problem.cumulative else 0.1
+            return lambda: forward(
+                problem, plan, x, weight, bias, mean, variance, tracked, residual, momentum, 1e-5
+            ) and None
+        return lambda: normalize(
+            problem, plan, x, mean, variance, weight, bias, residual, 1e-5
+        ) and None
+    dy, stats = like_y(), torch.stack([mean, variance])
+    packed = None
+    if problem.bits:
+        packed = torch.randint(
+            256, (problem.outer, -(-problem.row // 8)), dtype=torch.uint8, device=place
+        )
+    needs = (True, True, True, problem.residual or problem.bits)
+    return lambda: backward(
+        problem, plan, dy, x, stats, weight, bias, residual, packed, needs
+    ) and None
 
 
 def interpreting() -> bool:

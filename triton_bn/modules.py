@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from triton_bn.functional import _batch_norm
+from triton_bn.ops import Plans, plans
+from triton_bn.plan import Device
 from triton_bn.problem import Activation
+from triton_bn.results import Report
+from triton_bn.sync import Ranks, group_of
+from triton_bn.tune import tune
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"]
 
 
 class _Fused(nn.modules.batchnorm._BatchNorm):
@@ -39,6 +45,9 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(bn(input) + residual)``: of the input's shape (N, C, *), dtype and memory format."""
         self._check_input_dim(input)
+        return self._run(input, residual)
+
+    def _run(self, input: Tensor, residual: Tensor | None, ranks: Ranks | None = None) -> Tensor:
         training = self.training or (self.running_mean is None and self.running_var is None)
         track = self.training and self.track_running_stats
         use_buffers = track or not self.training
@@ -54,6 +63,42 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             self.eps,
             residual,
             self.activation,
+            ranks,
+        )
+
+    def plan(
+        self, input: Tensor, residual: Tensor | None = None, *, device: Device | None = None
+    ) -> Plans:
+        """The launch plans that this input's forward and backward would run by, and where each came from.
+
+        Only the input's shape, strides and dtype count: it may be on the meta device. ``device`` asks for a
+        GPU that is not here (:data:`triton_bn.plan.DEVICES`).
+        """
+        self._check_input_dim(input)
+        training = self.training or self.running_mean is None
+        return plans(
+            input,
+            training=training,
+            residual=residual is not None,
+            activation=self.activation,
+            cumulative=self.training and self.momentum is None and self.num_batches_tracked is not None,
+            device=device,
+        )
+
+    def tune(self, input: Tensor, residual: Tensor | None = None, *, again: bool = True) -> Report:
+        """Times every candidate plan for this input on scratch tensors, and remembers the fastest.
+
+        Returns:
+            The table of candidates with their times, printable, for each problem of forward and backward.
+
+        Raises:
+            RuntimeError: without a GPU.
+        """
+        return tune(self, input, residual, again=again)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise RuntimeError(
+            "torch.jit.script cannot compile triton_bn's layers: triton_bn.revert(model) puts PyTorch's back"
         )
 
     def extra_repr(self) -> str:
@@ -73,3 +118,100 @@ class BatchNorm3d(_Fused, nn.BatchNorm3d):
     """``torch.nn.BatchNorm3d`` for (N, C, D, H, W), with an activation and a residual behind it."""
 
 
+class SyncBatchNorm(_Fused):
+    """``torch.nn.SyncBatchNorm`` for (N, C, *), with an activation and a residual behind it.
+
+    In training every process of ``process_group`` (the default group for ``None``) normalizes its part of
+    the batch by the statistics of all parts, which may be of different sizes, or empty. Gradients of
+    weight and bias are those of the own part, as PyTorch's are: DDP averages them. Elsewhere (evaluation,
+    a group of one, torch.distributed not initialized) it is plain batch norm.
+
+    It runs on CPU tensors too. Therefore it is no subclass of ``torch.nn.SyncBatchNorm``, with which DDP refuses
+    every model on a CPU.
+
+    A training step makes one collective forward and one backward, and the first step one more, which
+    compares the ranks' ``num_features`` (:mod:`triton_bn.sync`).
+
+    Raises:
+        RuntimeError: on every rank, where the ranks disagree on ``num_features`` or on the input's dtype, or
+            where one of them raises for what it was given (that one raises its own error). On a GPU the
+            others, and ranks that disagree on the dtype, stop with a device assertion.
+        ValueError: on every rank, where there is one value a channel on all of them together.
+    """
+
+    #: The group that has been asked whether its ranks agree on num_features.
+    _agreed: Any = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | Activation | None = None,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            bias=bias, activation=activation,
+        )  # fmt: skip
+        self.process_group = process_group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+        if input.size(1) == 0:
+            raise ValueError("SyncBatchNorm number of input channels should be non-zero")
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """``activation(bn(input) + residual)``: of the input's shape (N, C, *), dtype and memory format."""
+        group = group_of(self.process_group) if self.training else None
+        if group is None:
+            return super().forward(input, residual)
+        own = (self.weight, self.bias, self.running_mean, input)
+        device = next(tensor.device for tensor in own if tensor is not None)
+        ranks = Ranks(group, self.num_features, device, self._agreed is not group)
+        with ranks.together():
+            self._check_input_dim(input)
+        y = self._run(input, residual, ranks)
+        self._agreed = group
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy asks for itself: a process group does not travel.
+        return {name: value for name, value in self.__dict__.items() if name != "_agreed"}
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any | None = None) -> nn.Module:
+        """``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, to this layer.
+
+        Args:
+            module: a model with batch norm layers, or such a layer.
+            process_group: the processes that are to share batches; ``None`` is all of them.
+
+        Returns:
+            The module, its batch norm layers replaced (or the new layer). Each new one has the old one's
+            parameters and buffers themselves, and its activation.
+        """
+        converted = module
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            converted = cls(
+                module.num_features, module.eps, module.momentum, module.affine,
+                module.track_running_stats, process_group, "meta", bias=module.bias is not None,
+                activation=getattr(module, "activation", None),
+            )  # fmt: skip
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(converted, name, parameter)
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(converted, name, buffer)
+            converted.training = module.training
+            if hasattr(module, "qconfig"):
+                converted.qconfig = module.qconfig
+        for name, child in module.named_children():
+            converted.add_module(name, cls.convert_sync_batchnorm(child, process_group))
+        return converted

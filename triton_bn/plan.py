@@ -3,6 +3,8 @@
 Drivers
     resident: a program holds whole channels in registers; reads once, writes once.
     split: one launch for partial sums, a second that merges them in its prologue and transforms.
+    streamed: both in one persistent launch, a window of columns at a time, so that the second reads
+        from L2. Never picked by :func:`heuristic`: no measurement shows yet that it beats split.
 
 The thresholds rest on what the compiler reports (registers, spills, access width), not on timings:
 none was measured on a GPU yet. ``tune.search`` times what :func:`candidates` lists.
@@ -20,7 +22,7 @@ import torch
 
 from triton_bn.problem import Problem
 
-__all__ = ["DEVICES", "Device", "Plan", "Tile", "candidates", "channel_blocks", "heuristic", "tile_channels"]
+__all__ = ["DEVICES", "Device", "Plan", "Tile", "candidates", "channel_blocks", "heuristic", "tile_channels", "with_source"]
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,18 @@ class Plan:
     """A driver and its tiles.
 
     ``reduce`` is the tile of split's first launch (``None`` where there is nothing to reduce),
-    ``channels`` the whole channels of a resident program, whose tile covers all rows by its depth.
+    ``channels`` the whole channels of a resident program, whose tile covers all rows by its depth;
+    a streamed plan has one tile for both phases (``reduce`` as well, for what needs one phase only),
+    ``window`` blocks of columns and that many ``programs``.
     ``source`` says where the plan came from and does not take part in comparisons.
     """
 
-    driver: Literal["resident", "split"]
+    driver: Literal["resident", "split", "streamed"]
     transform: Tile
     reduce: Tile | None = None
     channels: int = 0
+    window: int = 0
+    programs: int = 0
     source: str = field(default="heuristic", compare=False)
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,6 +123,8 @@ class Plan:
 
         if self.driver == "resident":
             body = f"{self.channels} channels a program, {text(self.transform)}"
+        elif self.driver == "streamed":
+            body = f"{self.programs} programs, windows of {self.window} blocks, {text(self.transform)}"
         elif self.reduce is None:
             body = f"transform {text(self.transform)}"
         else:
@@ -128,11 +136,18 @@ class Plan:
 #: sm_100 and gfx942 (backward holds x and dy). Half of it in float64.
 RESIDENT = {"forward": 48 << 10, "backward": 24 << 10}
 
+#: Bytes of each input that a streamed window takes: a modelled L2 of 36 MB still held them at the second read.
+WINDOW = {"forward": 6 << 20, "backward": 4 << 20}
+
 #: Tiles that a resident program loads by straight-line code; twice as many took minutes to compile.
 DEPTH = 24
 
 #: Members a tile's columns may have to be compared with, columns x channels, before that spills.
 MEMBERS = 4 << 10
+
+
+#: Bytes of input for each processor below which it does not matter that some processors stay idle.
+SHARE = 16 << 10
 
 
 def power_of_two(n: int) -> int:
@@ -170,8 +185,12 @@ def aligned_channels(problem: Problem) -> int:
 def heuristic(problem: Problem, device: Device) -> Plan:
     """The plan for a problem that nobody has timed."""
     if problem.training:
-        for plan in _resident(problem):
-            return plan
+        for plan in _resident(problem, device):
+            programs = -(-problem.channels // plan.channels)
+            enough = problem.numel * problem.itemsize < device.processors * SHARE
+            if enough or programs >= 0.9 * device.processors:
+                return plan
+            break
     # channels_last has few programs (below): they need more warps to keep as many bytes in flight.
     return _split(problem, device, 1, _depth(problem), 8 if problem.inner == 1 else 4)
 
@@ -180,10 +199,11 @@ def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
     """What a search may try, without spills, the heuristic's plan first."""
     plans = [heuristic(problem, device)]
     if problem.training:
-        plans += _resident(problem)
+        plans += _resident(problem, device)
     for scale, depth, warps in product((1, 2, 4), (1, 2, 4, 8), (4, 8, 16)):
         if depth <= 2 * _depth(problem):
             plans.append(_split(problem, device, scale, depth, warps))
+    plans += _streamed(problem, device)
     return tuple(dict.fromkeys(plans))
 
 
@@ -192,7 +212,7 @@ def _depth(problem: Problem) -> int:
     return 4 if problem.direction == "forward" else 2
 
 
-def _resident(problem: Problem) -> Iterator[Plan]:
+def _resident(problem: Problem, device: Device) -> Iterator[Plan]:
     """Resident plans, the preferred first: the fewest channels that fill 16-byte accesses and 64-byte rows."""
     if problem.cumulative:
         # Every program would need the counter that one of them advances: split has a launch between.
@@ -210,7 +230,7 @@ def _resident(problem: Problem) -> Iterator[Plan]:
         held = power_of_two(problem.outer) if problem.outer < 8 else -(-problem.outer // 8) * 8
         if held * columns <= limit:
             for warps in _resident_warps(held * columns):
-                tile = _resident_tile(problem, columns, warps)
+                tile = _resident_tile(problem, device, columns, warps)
                 if tile.rows * tile.depth * columns <= limit and tile.depth <= DEPTH:
                     yield Plan("resident", tile, channels=min(group, problem.channels))
         if group >= problem.channels:
@@ -224,9 +244,9 @@ def _resident_warps(values: int) -> tuple[int, ...]:
     return (8, 16, 4) if values <= 24 << 10 else (16, 8)
 
 
-def _resident_tile(problem: Problem, columns: int, warps: int) -> Tile:
+def _resident_tile(problem: Problem, device: Device, columns: int, warps: int) -> Tile:
     """Tiles of about 16 bytes a thread, fewer and larger where more than DEPTH would be needed."""
-    rows = max(warps * 32 * (16 // problem.itemsize) // columns, 1)
+    rows = max(warps * device.warp * (16 // problem.itemsize) // columns, 1)
     rows = min(rows, power_of_two(problem.outer))
     while -(-problem.outer // rows) > DEPTH:
         rows *= 2
@@ -243,10 +263,27 @@ def _split(problem: Problem, device: Device, scale: int, depth: int, warps: int)
     return Plan("split", transform, reduce)
 
 
+def _streamed(problem: Problem, device: Device) -> Iterator[Plan]:
+    """Streamed plans: NVIDIA, a tensor that L2 cannot hold, windows that it can."""
+    large = problem.numel * problem.itemsize > 2 * device.cache
+    if not (device.arch.startswith("sm_") and problem.training and large) or problem.cumulative:
+        return
+    for depth, warps, resident in product((1, 2, 4), (4, 8), (2, 4)):
+        tile = _tile(problem, device, 1, depth, warps)
+        window = WINDOW[problem.direction] // (problem.outer * tile.columns * problem.itemsize)
+        programs = device.processors * resident
+        if window == 0:
+            return
+        # Two items a phase and program: with fewer, most would wait for the slowest.
+        splits = min(-(-2 * programs // window), -(-problem.outer // (tile.rows * tile.depth)))
+        tile = replace(tile, splits=max(splits, 1))
+        yield Plan("streamed", tile, tile, window=window, programs=programs)
+
+
 def _tile(problem: Problem, device: Device, scale: int, depth: int, warps: int) -> Tile:
     """16 bytes a thread; rows are split among programs until each processor has 8 of them (channels_last: 2)."""
     vector = 16 // problem.itemsize
-    values = warps * 32 * vector
+    values = warps * device.warp * vector
     if problem.inner == 1:
         # Rows of at least 64 bytes. Every program of the second launch reads all partials of its
         # channels: few columns and few splits keep that small beside its tile.
@@ -267,4 +304,5 @@ def _tile(problem: Problem, device: Device, scale: int, depth: int, warps: int) 
 
 
 def with_source(plan: Plan, source: str) -> Plan:
+    """The same plan, saying where it came from."""
     return replace(plan, source=source)

@@ -256,7 +256,7 @@ def _sizes(x: Tensor) -> tuple[int, int, int] | None:
 def _vector(x: Tensor, sizes: tuple[int, int, int], strides: tuple[int, int, int]) -> int:
     """Adjacent values in 16 bytes, less where rows (of x, or of what is dense) or x itself start elsewhere."""
     vector = 16 // x.element_size()
-    pitches = (strides[0], sizes[1] * sizes[2]) if sizes[0] > 1 else ()
+    pitches = (sizes[1] * sizes[2], strides[0] if sizes[0] > 1 else 0)
     while vector > 1 and (
         x.data_ptr() % (vector * x.element_size()) or any(pitch % vector for pitch in pitches)
     ):

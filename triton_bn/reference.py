@@ -16,20 +16,27 @@ g = dy * activation'(z), for batch statistics (for running statistics dx is the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from triton_bn.problem import Activation, canonical
 
+aten = torch.ops.aten
+
 __all__ = [
     "activate",
-    "backward",
     "backward_apply",
     "backward_reduce",
+    "composite",
+    "differentiable_backward",
     "forward",
+    "merge",
     "moments",
     "normalize",
+    "row",
     "update_running",
 ]
 
@@ -39,24 +46,31 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+# name: (activation(z), its derivative times g), with the parameter p; the derivatives as autograd takes them.
+_ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "relu": (lambda z, p: F.relu(z), lambda g, z, p: aten.threshold_backward(g, z, 0)),
+    "relu6": (lambda z, p: F.relu6(z), lambda g, z, p: aten.hardtanh_backward(g, z, 0, 6)),
+    "leaky_relu": (F.leaky_relu, lambda g, z, p: aten.leaky_relu_backward(g, z, p, False)),
+    "silu": (lambda z, p: F.silu(z), lambda g, z, p: aten.silu_backward(g, z)),
+    "hardswish": (lambda z, p: F.hardswish(z), lambda g, z, p: aten.hardswish_backward(g, z)),
+    "gelu": (lambda z, p: F.gelu(z), lambda g, z, p: aten.gelu_backward(g, z)),
+    "elu": (F.elu, lambda g, z, p: aten.elu_backward(g, p, 1, 1, False, z)),
+    "mish": (lambda z, p: F.mish(z), lambda g, z, p: aten.mish_backward(g, z)),
+    "sigmoid": (lambda z, p: z.sigmoid(), lambda g, z, p: aten.sigmoid_backward(g, z.sigmoid())),
+    "tanh": (lambda z, p: z.tanh(), lambda g, z, p: aten.tanh_backward(g, z.tanh())),
+}
+
+
 def activate(z: Tensor, activation: Activation | None) -> Tensor:
-    """``activation(z)`` by torch.nn.functional."""
+    """``activation(z)`` in PyTorch's operators."""
     if activation is None:
         return z
-    if activation.name == "leaky_relu":
-        return F.leaky_relu(z, activation.parameter)
-    if activation.name == "elu":
-        return F.elu(z, activation.parameter)
-    if activation.name in ("sigmoid", "tanh"):
-        return getattr(torch, activation.name)(z)
-    return getattr(F, activation.name)(z)
+    return _ACTIVATIONS[activation.name][0](z, activation.parameter)
 
 
-def slope(z: Tensor, activation: Activation) -> Tensor:
-    """The derivative of the activation at ``z``, as PyTorch's autograd takes it."""
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        return torch.autograd.grad(activate(leaf, activation).sum(), leaf)[0]
+def gradient(g: Tensor, z: Tensor, activation: Activation) -> Tensor:
+    """``g * activation'(z)``."""
+    return _ACTIVATIONS[activation.name][1](g, z, activation.parameter)
 
 
 def _channelwise(v: Tensor, x: Tensor) -> Tensor:
@@ -75,10 +89,43 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - _channelwise(mean, x)).square().sum(_reduced(x))
 
 
+def row(x: Tensor, tag: int) -> Tensor:
+    """The row (:mod:`triton_bn.sync`) of x, (2 * C + 2,) of float64: mean, M2, count and tag."""
+    mean, m2 = moments(x)
+    # What rounding took from the mean, so that the difference of two ranks' means keeps its digits.
+    rest = (x.to(mean.dtype) - _channelwise(mean, x)).mean(_reduced(x)).double()
+    count = x.numel() // x.shape[1]
+    m2 = m2.double() - count * rest.square()
+    return torch.cat([mean.double() + rest, m2.clamp_min(0), m2.new_tensor([count, tag])])
+
+
+def merge(
+    rows: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+) -> Tensor:
+    """The rows of all ranks, (ranks, 2 * C + 2), merged by Chan's rule; the running statistics advance.
+
+    Returns:
+        Mean, biased variance and the count of all (3, C), in float64.
+    """
+    channels = rows.shape[1] // 2 - 1
+    mean, m2, counts = rows[:, :channels], rows[:, channels:-2], rows[:, -2:-1]
+    count = counts.sum()
+    centre = (counts * mean).sum(0) / count.clamp_min(1)
+    m2 = (m2 + counts * (mean - centre).square()).sum(0)
+    if count == 0:
+        running_mean = running_var = None
+    update_running(centre, m2, count, running_mean, running_var, num_batches_tracked, momentum)
+    return torch.stack([centre, m2 / count.clamp_min(1), count.expand_as(m2)])
+
+
 def update_running(
     mean: Tensor,
     m2: Tensor,
-    count: int,
+    count: int | Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
@@ -135,7 +182,9 @@ def normalize(
 ) -> tuple[Tensor, Tensor | None]:
     """The transform: ``y`` like x, and with ``bits`` the packed slopes (:func:`pack`), else ``None``."""
     z = _preactivation(x, mean, invstd, weight, bias, residual)
-    packed = pack(slope(z, activation) == 1, x) if bits and activation is not None else None
+    packed = None
+    if bits and activation is not None:
+        packed = pack(gradient(torch.ones_like(z), z, activation) == 1, x)
     return activate(z, activation).to(x.dtype), packed
 
 
@@ -181,7 +230,7 @@ def _gradient(
     if packed is not None:
         low = activation.parameter if activation.name == "leaky_relu" else 0.0
         return torch.where(unpack(packed, x), g, low * g)
-    return g * slope(_preactivation(x, stats[0], stats[1], weight, bias, residual), activation)
+    return gradient(g, _preactivation(x, stats[0], stats[1], weight, bias, residual), activation)
 
 
 def backward_reduce(
@@ -217,19 +266,43 @@ def backward_apply(
     activation to take the slope of, or with its packed slopes)."""
     like = dy if x is None else x
     g = _gradient(dy, like, stats, weight, bias, residual, packed, activation)
-    dresidual = g.to(like.dtype)
+    dresidual = torch.empty_like(like).copy_(g)
     scale = stats[1] if weight is None else stats[1] * weight.reshape(-1).to(stats.dtype)
     if sums is not None:
         assert x is not None
         centered = x.to(g.dtype) - _channelwise(stats[0], x)
         projection = stats[1].square() * sums[1] / count
         g = g - _channelwise(sums[0] / count, x) - centered * _channelwise(projection, x)
-    return (g * _channelwise(scale, like)).to(like.dtype), dresidual
+    # Copied, not cast: dx keeps the memory format of x whatever that of dy.
+    return torch.empty_like(like).copy_(g * _channelwise(scale, like)), dresidual
 
 
-def backward(
-    dy: Tensor,
+def composite(
     x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: Activation | None,
+) -> Tensor:
+    """The layer in PyTorch's operators, which have rules for every transform (and PyTorch's errors)."""
+    factor = 0.0 if momentum is None else momentum
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None:
+            factor = 1.0 / float(num_batches_tracked)
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, factor, eps)
+    return activate(y if residual is None else y + residual, activation)
+
+
+def differentiable_backward(
+    dy: Tensor,
+    x: Tensor | None,
     stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -237,13 +310,40 @@ def backward(
     packed: Tensor | None,
     activation: Activation | None,
     training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dresidual, and (2, C): dweight and dbias in the accumulation dtype."""
-    arguments = (dy, x, stats, weight, bias, residual, packed, activation)
-    sums = backward_reduce(*arguments)
-    count = x.numel() // x.shape[1]
-    dx, dresidual = backward_apply(*arguments, sums if training else None, count)
-    return dx, dresidual, torch.stack([sums[1] * stats[1], sums[0]])
+    eps: float,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """dx, dweight, dbias and dresidual in operators that have derivatives themselves.
+
+    The forward is taken once more and differentiated, with respect to aliases of the tensors, so that
+    one tensor in two places (x and residual, say) gets the gradient of each place.
+    """
+    if x is None:  # linear in dy: running statistics, and no slope or one that was kept
+        dx, dresidual = backward_apply(
+            dy, x, stats, weight, bias, residual, packed, activation, None, 1
+        )
+        return dx if needs[0] else None, None, None, dresidual if needs[3] else None
+    places = [None if t is None else t.view_as(t) for t in (x, weight, bias, residual)]
+    x, weight, bias, residual = places
+    assert x is not None
+    mean, invstd = stats[0], stats[1]
+    if training:
+        mean, m2 = moments(x)
+        invstd = (m2 / (x.numel() // x.shape[1]) + eps).rsqrt()
+    g = dy.to(stats.dtype)
+    if packed is not None:
+        g = _gradient(dy, x, stats, None, None, None, packed, activation)
+        activation = None
+    y = activate(_preactivation(x, mean, invstd, weight, bias, residual), activation)
+    wanted = [t for t, needed in zip(places, needs, strict=True) if needed and t is not None]
+    found = iter(torch.autograd.grad(y, wanted, g, create_graph=True) if wanted else ())
+    gradients = [
+        next(found) if needed and t is not None else None
+        for t, needed in zip(places, needs, strict=True)
+    ]
+    if needs[3] and residual is None:  # its place is behind y: the slopes are kept instead of it
+        gradients[3] = g.to(dy.dtype)
+    return tuple(gradients)
 
 
 def _block(x: Tensor) -> tuple[tuple[int, int, int], list[int]]:

@@ -20,6 +20,8 @@ from triton_bn.kernels.tile import (
     fold_sums,
     load_channel,
     load_chunk,
+    owns,
+    row_length,
     row_range,
     spread,
     store_dense,
@@ -125,19 +127,16 @@ def store_gradients(
 
 
 @triton.jit
-def backward_reduce_kernel(
-    p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_partials, sizes, strides, partial, T: tl.constexpr
-):
+def reduce_item(
+    p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_partials, i_block, i_split,
+    sizes, strides, partial, T: tl.constexpr,
+):  # fmt: skip
     """Partial sum(g) and sum(g * (x - mean)) of the channels in a block of columns and a range of rows.
 
-    p_partials: [2, splits * blocks, C], as in :func:`triton_bn.kernels.moments.moments_kernel`.
+    p_partials: [2, splits * blocks, C], as in :func:`triton_bn.kernels.moments.moments_item`.
     """
     DEPTH: tl.constexpr = T.U
-    row = sizes[1] * sizes[2]
-    n_blocks = tl.cdiv(row, T.K)
-    pid = tl.program_id(0)
-    i_block = pid % n_blocks
-    i_split = pid // n_blocks
+    row = row_length(sizes[1], sizes[2], T)
     columns = tile_columns(i_block * T.K, row, sizes[2], strides, T)
     _, affine = load_statistics(p_stats, parameters, columns, sizes[1], T)
     n_begin, n_ragged, n_end = row_range(i_split, partial[0], sizes[0], T)
@@ -170,20 +169,29 @@ def backward_reduce_kernel(
 
 
 @triton.jit
-def backward_apply_kernel(
+def backward_reduce_kernel(
+    p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_partials, sizes, strides, partial, T: tl.constexpr
+):
+    """The first launch of split: every :func:`reduce_item`."""
+    n_blocks = tl.cdiv(row_length(sizes[1], sizes[2], T), T.K)
+    pid = tl.program_id(0)
+    reduce_item(
+        p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_partials, pid % n_blocks, pid // n_blocks,
+        sizes, strides, partial, T,
+    )  # fmt: skip
+
+
+@triton.jit
+def apply_item(
     p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_partials, p_dx, p_dresidual, dparameters, count,
-    sizes, strides, rows, partial, TRAINING: tl.constexpr, T: tl.constexpr,
+    i_block, i_split, sizes, strides, rows, partial, TRAINING: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """dx, dresidual, dweight and dbias (each where wanted) from the merged sums over ``count`` values a channel.
 
     Without TRAINING no sums enter dx; without p_partials none are merged, and p_x may be None.
     """
     DEPTH: tl.constexpr = T.U
-    row = sizes[1] * sizes[2]
-    n_blocks = tl.cdiv(row, T.K)
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_block = pid % n_blocks
-    i_split = pid // n_blocks
+    row = row_length(sizes[1], sizes[2], T)
     columns = tile_columns(i_block * T.K, row, sizes[2], strides, T)
     invstd, affine = load_statistics(p_stats, parameters, columns, sizes[1], T)
     lost = None
@@ -191,7 +199,7 @@ def backward_apply_kernel(
         first = columns.begin // sizes[2]
         channel = first + tl.arange(0, T.G)
         sums = merge_sums(p_partials, channel, sizes, partial, T)
-        owner = (channel * sizes[2] // T.K == pid) & (channel < sizes[1])
+        owner = owns(channel, i_block, i_split, sizes, T)
         store_parameters(dparameters, sums, p_stats, channel, owner, sizes[1], T)
         if TRAINING:
             lost = project(sums, count, invstd, columns, first, T)
@@ -226,13 +234,27 @@ def backward_apply_kernel(
 
 
 @triton.jit
+def backward_apply_kernel(
+    p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_partials, p_dx, p_dresidual, dparameters, count,
+    sizes, strides, rows, partial, TRAINING: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """The second launch of split: every :func:`apply_item`, backwards for what is still in L2."""
+    n_blocks = tl.cdiv(row_length(sizes[1], sizes[2], T), T.K)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    apply_item(
+        p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_partials, p_dx, p_dresidual, dparameters,
+        count, pid % n_blocks, pid // n_blocks, sizes, strides, rows, partial, TRAINING, T,
+    )  # fmt: skip
+
+
+@triton.jit
 def backward_kernel(
     p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_dx, p_dresidual, dparameters, sizes, strides,
     TRAINING: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """All gradients in one read: a program holds x and dy of CHANNELS whole channels in registers."""
     DEPTH: tl.constexpr = T.U
-    row = sizes[1] * T.INNER
+    row = row_length(sizes[1], T.INNER, T)
     first = tl.program_id(0) * T.CHANNELS
     begin = tl.program_id(0) * (T.CHANNELS * T.INNER)
     end = tl.minimum(begin + T.CHANNELS * T.INNER, row)

@@ -12,6 +12,8 @@ from triton_bn.kernels.tile import (
     load_channel,
     load_chunk,
     load_dense,
+    owns,
+    row_length,
     row_range,
     spread,
     store_dense,
@@ -102,28 +104,22 @@ def publish(
 
 
 @triton.jit
-def normalize_kernel(
+def normalize_item(
     p_x, p_y, p_residual, p_bits, parameters, p_stats, p_partials, running, momentum, eps,
-    sizes, strides, rows, partial, CUMULATIVE: tl.constexpr, T: tl.constexpr,
+    i_block, i_split, sizes, strides, rows, partial, CUMULATIVE: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """y = activation((x - mean) * invstd * weight + bias + residual) over a block of columns and rows.
 
-    With p_partials (of :func:`triton_bn.kernels.moments.moments_kernel`) every program merges those of its
-    channels first, and the first to touch a channel publishes its statistics. Without, mean and variance
-    are given: ``running``.
+    With p_partials (of :func:`triton_bn.kernels.moments.moments_item`) it merges those of its channels first,
+    and the first item to touch a channel publishes its statistics. Without, mean and variance are given:
+    ``running``.
     """
     DEPTH: tl.constexpr = T.U
-    row = sizes[1] * sizes[2]
-    n_blocks = tl.cdiv(row, T.K)
-    # Backwards: what the moments read last is still in L2.
-    pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    i_block = pid % n_blocks
-    i_split = pid // n_blocks
+    row = row_length(sizes[1], sizes[2], T)
     columns = tile_columns(i_block * T.K, row, sizes[2], strides, T)
     first = columns.begin // sizes[2]
     channel = first + tl.arange(0, T.G)
-    # A channel's first block in the first split: pid is i_block there, and larger in every other.
-    owner = (channel * sizes[2] // T.K == pid) & (channel < sizes[1])
+    owner = owns(channel, i_block, i_split, sizes, T)
     if p_partials is None:
         mask = channel < sizes[1]
         mean = tl.load(running[0] + channel, mask=mask, other=0.0).to(T.ACC)
@@ -154,6 +150,23 @@ def normalize_kernel(
 
 
 @triton.jit
+def normalize_kernel(
+    p_x, p_y, p_residual, p_bits, parameters, p_stats, p_partials, running, momentum, eps,
+    sizes, strides, rows, partial, CUMULATIVE: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """The second launch of split, and evaluation's only one: every :func:`normalize_item`.
+
+    Backwards: what the moments read last is still in L2.
+    """
+    n_blocks = tl.cdiv(row_length(sizes[1], sizes[2], T), T.K)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    normalize_item(
+        p_x, p_y, p_residual, p_bits, parameters, p_stats, p_partials, running, momentum, eps,
+        pid % n_blocks, pid // n_blocks, sizes, strides, rows, partial, CUMULATIVE, T,
+    )  # fmt: skip
+
+
+@triton.jit
 def forward_kernel(
     p_x, p_y, p_residual, p_bits, parameters, p_stats, running, momentum, eps, sizes, strides,
     T: tl.constexpr,
@@ -163,7 +176,7 @@ def forward_kernel(
     S is the constant INNER here, so that the compiler sees where 16-byte accesses may start.
     """
     DEPTH: tl.constexpr = T.U
-    row = sizes[1] * T.INNER
+    row = row_length(sizes[1], T.INNER, T)
     first = tl.program_id(0) * T.CHANNELS
     if running[2] is not None:
         if first == 0:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from triton_bn.kernels.tile import load_chunk, members, row_range, tile_columns
+from triton_bn.kernels.tile import load_chunk, members, row_length, row_range, tile_columns
 
 
 class Moments(NamedTuple):
@@ -117,20 +117,12 @@ def merge_partials(p_partials, channel, sizes, partial, T: tl.constexpr):
 
 
 @triton.jit
-def moments_kernel(p_x, p_partials, p_tracked, sizes, strides, partial, T: tl.constexpr):
-    """Partial (mean, M2) of the channels in a block of columns and a range of rows; advances the counter.
+def moments_item(p_x, p_partials, i_block, i_split, sizes, strides, partial, T: tl.constexpr):
+    """Partial (mean, M2) of the channels in a block of columns and a range of rows.
 
     p_partials: [2, splits * blocks, C]. The counts follow from the geometry (:func:`partial_shares`).
     """
-    row = sizes[1] * sizes[2]
-    n_blocks = tl.cdiv(row, T.K)
-    pid = tl.program_id(0)
-    i_block = pid % n_blocks
-    i_split = pid // n_blocks
-    if p_tracked is not None:
-        if pid == 0:
-            tl.store(p_tracked, tl.load(p_tracked) + 1)
-
+    row = row_length(sizes[1], sizes[2], T)
     columns = tile_columns(i_block * T.K, row, sizes[2], strides, T)
     n_begin, n_ragged, n_end = row_range(i_split, partial[0], sizes[0], T)
     zero = tl.full((T.R, T.K), 0.0, T.ACC)
@@ -153,3 +145,14 @@ def moments_kernel(p_x, p_partials, p_tracked, sizes, strides, partial, T: tl.co
     o = q * sizes[1] + channel
     tl.store(p_partials + o, a.mean, mask=a.count > 0)
     tl.store(p_partials + partial[1] * partial[2] * sizes[1] + o, a.m2, mask=a.count > 0)
+
+
+@triton.jit
+def moments_kernel(p_x, p_partials, p_tracked, sizes, strides, partial, T: tl.constexpr):
+    """The first launch of split: all the partial moments. It advances the counter of batches."""
+    n_blocks = tl.cdiv(row_length(sizes[1], sizes[2], T), T.K)
+    pid = tl.program_id(0)
+    if p_tracked is not None:
+        if pid == 0:
+            tl.store(p_tracked, tl.load(p_tracked) + 1)
+    moments_item(p_x, p_partials, pid % n_blocks, pid // n_blocks, sizes, strides, partial, T)

@@ -16,7 +16,7 @@ class Constants(NamedTuple):
     ACC: Any  #: dtype of sums and statistics
     EACH: bool  #: every column is a channel of its own (S = 1)
     DENSE: bool  #: the input is dense like everything else
-    VECTOR: int  #: values that divide the distance between rows
+    VECTOR: int  #: divides the lengths of rows and the distances between them
     WIDE: bool  #: offsets need 64 bits
     MASKED: bool  #: a tile may reach past its last column
     KIND: Any  #: activation, or None
@@ -43,6 +43,16 @@ class Columns(NamedTuple):
 def double(pair, ACC: tl.constexpr):
     """A Python float passed as two float32 parts, so that float64 problems get all its digits."""
     return tl.cast(pair[0], ACC) + tl.cast(pair[1], ACC)
+
+
+@triton.jit
+def row_length(channels, inner, T: tl.constexpr):
+    """Values a dense row: C * S, a multiple of VECTOR, so that a mask need not split 16-byte accesses."""
+    VECTOR: tl.constexpr = T.VECTOR
+    if VECTOR > 1:
+        return tl.multiple_of(channels * inner, VECTOR)
+    else:
+        return channels * inner
 
 
 @triton.jit
@@ -126,6 +136,13 @@ def row_range(i_split, rows, n, T: tl.constexpr):
     begin = i_split * rows
     end = tl.minimum(begin + rows, n)
     return begin, begin + tl.maximum(end - begin, 0) // (T.R * T.U) * (T.R * T.U), end
+
+
+@triton.jit
+def owns(channel, i_block, i_split, sizes, T: tl.constexpr):
+    """Whether an item is the one to write what there is once a channel: its first block, in the first split."""
+    limit = tl.where(i_split == 0, sizes[1], 0)
+    return (channel * sizes[2] // T.K == i_block) & (channel < limit)
 
 
 @triton.jit

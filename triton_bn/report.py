@@ -1,0 +1,506 @@
+"""What the compiler makes of a plan, without a GPU: ``python -m triton_bn inspect``.
+
+:func:`compile` runs a verb of :mod:`triton_bn.launch` on tensors without memory, under a driver
+that names a target and launches nothing. So the very kernels that a launch would run are compiled,
+with the very specialization, and :mod:`triton_bn.binary` reads what came out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from triton_bn import binary, launch
+from triton_bn.plan import DEVICES, Device, Plan, candidates, heuristic
+from triton_bn.problem import FLOATING, Activation, Problem, describe
+
+__all__ = [
+    "RESNET50",
+    "TARGETS",
+    "Case",
+    "KernelFacts",
+    "Target",
+    "compile",
+    "compile_all",
+    "floor",
+    "gradient_of",
+    "plans",
+    "rows",
+    "table",
+]
+
+#: Inputs (C, H, W) of ResNet-50's batch norms at 224 x 224, and how many layers have each.
+RESNET50 = (
+    (64, 112, 112, 1),
+    (64, 56, 56, 6),
+    (256, 56, 56, 4),
+    (128, 56, 56, 1),
+    (128, 28, 28, 7),
+    (512, 28, 28, 5),
+    (256, 28, 28, 1),
+    (256, 14, 14, 11),
+    (1024, 14, 14, 7),
+    (512, 14, 14, 1),
+    (512, 7, 7, 5),
+    (2048, 7, 7, 4),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for, and what one of its processors offers (vendors' manuals).
+
+    A processor has four schedulers, each with 512 registers of 32 bits a lane.
+    """
+
+    gpu: GPUTarget
+    device: Device
+    #: Warps that a scheduler can hold.
+    warps: int
+    #: Bytes of shared memory, and those that each program takes of it beside its own.
+    shared: int
+    reserved: int = 0
+
+    def occupancy(self, warps: int, registers: int, shared: int) -> float:
+        """The share of a processor's warp slots that programs of this size can fill."""
+        held = 4 * min(self.warps, 512 // max(-(-registers // 8) * 8, 8))
+        programs = min(held // warps, 32, self.shared // max(shared + self.reserved, 1))
+        return programs * warps / (4 * self.warps)
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), DEVICES["A100"], 16, 164 << 10, 1 << 10),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), DEVICES["H100"], 16, 228 << 10, 1 << 10),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), DEVICES["B200"], 16, 228 << 10, 1 << 10),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), DEVICES["MI300X"], 8, 64 << 10),
+}
+
+
+@dataclass(frozen=True)
+class KernelFacts:
+    """One launch of a plan, as compiled."""
+
+    kernel: str
+    programs: int
+    warps: int
+    #: 32-bit registers a thread.
+    registers: int
+    #: Bytes a thread of local memory, where registers are spilled.
+    spilled: int
+    #: Bytes a program of shared memory.
+    shared: int
+    #: The share of a processor's warp slots that can be filled.
+    occupancy: float
+    #: Bytes a thread of the narrowest access, by tensor.
+    loads: Mapping[str, int]
+    stores: Mapping[str, int]
+    #: Bytes of the tensors of the input's size (packed bits included) that are read or written.
+    moved: int
+    #: Machine instructions a value in the loop over tiles, or in a whole program without a loop;
+    #: ``None`` where nobody asked.
+    instructions: float | None
+
+
+class Case(NamedTuple):
+    """A plan for a problem, to be compiled for one of :data:`TARGETS`."""
+
+    problem: Problem
+    plan: Plan
+    target: str
+
+
+# ---- problems ----
+
+
+def gradient_of(problem: Problem) -> Problem:
+    """The backward problem of a forward one, all gradients wanted.
+
+    It knows of a residual only where the activation's slope is recomputed from it.
+    """
+    residual = problem.residual and problem.activation is not None and not problem.bits
+    return replace(problem, direction="backward", residual=residual, cumulative=False)
+
+
+def floor(problem: Problem) -> int:
+    """The bytes that any plan must read and write; those of vectors of C values are left out."""
+    tensors = 2 + problem.residual
+    if problem.direction == "backward":
+        tensors += 1 + _stores_residual(problem)
+    bits = problem.outer * -(-problem.row // 8) if problem.bits else 0
+    return tensors * problem.numel * problem.itemsize + bits
+
+
+def _stores_residual(problem: Problem) -> bool:
+    """Whether backward writes the residual's gradient; without an activation that is dy itself.
+
+    In training, slopes are kept as bits only where there is a residual.
+    """
+    return problem.residual or (problem.bits and problem.training)
+
+
+def plans(problem: Problem, target: str, *, search: bool = True) -> list[Case]:
+    """Every plan that a search may try on a target, or the heuristic's alone."""
+    device = TARGETS[target].device
+    found = candidates(problem, device) if search else (heuristic(problem, device),)
+    return [Case(problem, plan, target) for plan in found]
+
+
+# ---- compilation ----
+
+
+class _Launch(NamedTuple):
+    kernel: str
+    programs: int
+    tensors: dict[str, Tensor]
+    constants: dict[str, Any]
+    compiled: Any
+
+
+class _Driver:
+    """Stands in for the driver of a GPU: says what to compile for."""
+
+    def __init__(self, target: str) -> None:
+        self.target = TARGETS[target].gpu
+        # Kernels are cached by the device's number: one for each target, and no real device's.
+        self.device = 1000 + list(TARGETS).index(target)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+@contextmanager
+def _capture(target: str) -> Iterator[list[_Launch]]:
+    """Meanwhile, what :mod:`triton_bn.launch` would launch is compiled instead, and listed."""
+    driver, run = triton.runtime.driver, launch.run
+    try:
+        before = driver.active
+    except RuntimeError:  # no GPU: whoever asks next shall hear so again
+        before = None
+    launches: list[_Launch] = []
+
+    def warmup(kernel: Any, programs: int, arguments: Any, constants: dict[str, Any]) -> None:
+        compiled = kernel.warmup(*arguments, **constants, grid=(programs,))
+        tensors = dict(_tensors(kernel.arg_names, arguments))
+        launches.append(_Launch(kernel.__name__, programs, tensors, constants, compiled))
+
+    driver.set_active(_Driver(target))
+    launch.run = warmup
+    try:
+        yield launches
+    finally:
+        launch.run = run
+        driver.set_active(before)
+
+
+def _tensors(names: Sequence[str], arguments: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among a kernel's arguments, in their order, each by the name of its pointer."""
+    for name, value in zip(names, arguments, strict=False):
+        if isinstance(value, Tensor):
+            yield name.removeprefix("p_"), value
+        elif isinstance(value, tuple):
+            yield from _tensors([f"{name}[{i}]" for i in range(len(value))], value)
+
+
+def compile(
+    problem: Problem, plan: Plan, target: str, *, instructions: bool = True
+) -> tuple[KernelFacts, ...]:
+    """Compiles what a plan launches, and reads the facts of each kernel.
+
+    Parameters and running statistics are float32 (float64 beside float64), and all gradients are
+    wanted.
+
+    Args:
+        target: one of :data:`TARGETS`.
+        instructions: whether to disassemble, which for NVIDIA takes about as long as to compile.
+
+    Raises:
+        RuntimeError: where the kernels were decorated for Triton's interpreter, because
+            TRITON_INTERPRET was set when the package was imported. :func:`compile_all` is for that.
+    """
+    if launch.interpreting():
+        raise RuntimeError(
+            "these kernels were decorated for Triton's interpreter, which compiles nothing: "
+            "unset TRITON_INTERPRET before triton_bn is imported, or use compile_all"
+        )
+    with _capture(target) as launches:
+        _run(problem, plan)
+    return tuple(_facts(entry, problem, target, instructions) for entry in launches)
+
+
+def _run(problem: Problem, plan: Plan) -> None:
+    x = _input(problem)
+    like = torch.empty_like(x)
+    vector = torch.empty(problem.channels, dtype=launch.accumulator(problem), device="meta")
+    tracked = torch.empty((), dtype=torch.int64, device="meta")
+    residual = like if problem.residual else None
+    affine = vector, vector
+    if problem.direction == "backward":
+        bits = None
+        if problem.bits:
+            pitch = -(-problem.row // 8)
+            bits = torch.empty(problem.outer, pitch, dtype=torch.uint8, device="meta")
+        needs = (True, True, True, _stores_residual(problem))
+        stats = torch.empty(2, problem.channels, dtype=vector.dtype, device="meta")
+        launch.backward(problem, plan, like, x, stats, *affine, residual, bits, needs)
+    elif problem.training:
+        momentum = None if problem.cumulative else 0.1
+        running = vector, vector, tracked
+        launch.forward(problem, plan, x, *affine, *running, residual, momentum, 1e-5)
+    else:
+        launch.normalize(problem, plan, x, vector, vector, *affine, residual, 1e-5)
+
+
+def _input(problem: Problem) -> Tensor:
+    """The input [outer, channels, inner] without memory, at an address as the problem's."""
+
+    def view(offset: int) -> Tensor:
+        reach = sum((n - 1) * s for n, s in zip(problem.sizes, problem.strides, strict=True)) + 1
+        memory = torch.empty(offset + reach, dtype=problem.dtype, device="meta")
+        return memory.as_strided(problem.sizes, problem.strides, offset)
+
+    x = view(0)
+    aligned = describe(x, training=problem.training)[0].vector == problem.vector
+    return x if aligned else view(problem.vector)
+
+
+#: Tensors of the input's size, and the bits that stand for one.
+_WHOLE = frozenset({"x", "y", "dy", "dx", "residual", "dresidual", "bits"})
+
+
+def _facts(entry: _Launch, problem: Problem, name: str, instructions: bool) -> KernelFacts:
+    target = TARGETS[name]
+    warps, shared = entry.constants["num_warps"], entry.compiled.metadata.shared
+    registers, spilled = binary.resources(entry.compiled)
+    loads, stores = binary.accesses(entry.compiled, tuple(entry.tensors))
+    whole = [entry.tensors[name] for name in (*loads, *stores) if name in _WHOLE]
+    moved = sum(tensor.numel() * tensor.element_size() for tensor in whole)
+    each = _each(entry, moved / problem.numel, problem, target) if instructions else None
+    return KernelFacts(
+        kernel=entry.kernel,
+        programs=entry.programs,
+        warps=warps,
+        registers=registers,
+        spilled=spilled,
+        shared=shared,
+        occupancy=target.occupancy(warps, registers, shared),
+        loads=loads,
+        stores=stores,
+        moved=moved,
+        instructions=each,
+    )
+
+
+def _each(entry: _Launch, size: float, problem: Problem, target: Target) -> float:
+    """Machine instructions a value, of which each moves ``size`` bytes."""
+    program, loop, moved = binary.instructions(entry.compiled)
+    threads = entry.constants["num_warps"] * target.gpu.warp_size
+    if not loop:
+        return float(program * threads * entry.programs / problem.numel)
+    tile = entry.constants["T"]
+    # Of a tile that is smaller than the program, several threads hold the same values.
+    return float(loop / (moved / size) * max(threads / (tile.R * tile.K), 1))
+
+
+# ---- many at once ----
+
+
+def compile_all(
+    cases: Sequence[Case], *, jobs: int | None = None, instructions: bool = True
+) -> list[tuple[KernelFacts, ...]]:
+    """:func:`compile` for each case, in fresh processes without TRITON_INTERPRET.
+
+    Args:
+        jobs: how many processes; as many as CPUs by default. Cases whose tiles are the same go to
+            the same one, which compiles the kernels that they share only once.
+
+    Raises:
+        RuntimeError: for a case that does not compile, in the compiler's words.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, case in enumerate(cases):
+        tile = replace(case.plan.transform, splits=1)
+        key = case.target, case.plan.driver, tile, case.problem.dtype, case.problem.direction
+        groups.setdefault(key, []).append(i)
+    queue = list(groups.values())
+    results: dict[int, tuple[KernelFacts, ...]] = {}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    command = [sys.executable, "-c", "from triton_bn import report; report._serve()"]
+
+    def work() -> None:
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        ) as process:
+            requests, answers = process.stdin, process.stdout
+            assert requests is not None
+            assert answers is not None
+            while queue:
+                group = queue.pop(0)
+                pickle.dump(([cases[i] for i in group], instructions), requests)
+                requests.flush()
+                try:
+                    answer = pickle.load(answers)
+                except EOFError:
+                    answer = f"the compiler died on one of {[cases[i] for i in group]}"
+                if isinstance(answer, str):
+                    queue.clear()
+                    raise RuntimeError(answer)
+                results.update(zip(group, answer, strict=True))
+            requests.close()
+
+    jobs = max(min(jobs or os.cpu_count() or 1, len(groups)), 1)
+    with ThreadPoolExecutor(jobs) as pool:
+        for done in [pool.submit(work) for _ in range(jobs)]:
+            done.result()
+    return [results[i] for i in range(len(cases))]
+
+
+def _serve() -> None:
+    """The loop of a process of :func:`compile_all`: cases come by stdin, facts go by stdout."""
+    requests, answers = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a compiler prints must not get among the answers
+    while True:
+        try:
+            cases, instructions = pickle.load(requests)
+        except EOFError:
+            return
+        pickle.dump(_answer(cases, instructions), answers)
+        answers.flush()
+
+
+def _answer(cases: Sequence[Case], instructions: bool) -> list[tuple[KernelFacts, ...]] | str:
+    facts = []
+    for case in cases:
+        try:
+            facts.append(compile(*case, instructions=instructions))
+        except Exception as error:
+            return f"{case.target}, {case.problem}, {case.plan}: {type(error).__name__}: {error}"
+    return facts
+
+
+# ---- the report ----
+
+
+def rows(cases: Sequence[Case], facts: Sequence[Sequence[KernelFacts]]) -> list[dict[str, Any]]:
+    """One JSON-ready row a launch, for tables and plots: problem, plan, tile, and the facts."""
+    found = []
+    for (problem, plan, target), kernels in zip(cases, facts, strict=True):
+        size = problem.numel * problem.itemsize
+        for i, kernel in enumerate(kernels):
+            last = i + 1 == len(kernels)
+            found.append(
+                {
+                    "target": target,
+                    "problem": str(problem),
+                    "plan": str(plan),
+                    "driver": plan.driver,
+                    "tile": asdict(plan.transform if last else plan.reduce or plan.transform),
+                    **vars(kernel),
+                    "passes": sum(kernel.moved for kernel in kernels) / size,
+                    "floor_passes": floor(problem) / size,
+                    "floor_bytes": floor(problem),
+                }
+            )
+    return found
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows for a person: a block a problem and target, in it a block a plan."""
+    lines: list[str] = []
+    block, plan = None, None
+    for row in rows:
+        if (row["target"], row["problem"]) != block:
+            block, plan = (row["target"], row["problem"]), None
+            lines += [
+                "",
+                f"{row['target']}: {row['problem']}; at least {row['floor_passes']:.2f} passes, "
+                f"{row['floor_bytes']:,} bytes",
+                f"    {'kernel':22} programs warps registers spilled shared occupancy "
+                "instructions  bytes an access",
+                f"    {'':22} {'':8} {'':5} {'':9} {'bytes':>7} {'bytes':>6} {'':9} "
+                f"{'a value':>12}  loads → stores",
+            ]
+        if row["plan"] != plan:
+            plan = row["plan"]
+            lines.append(f"  {plan}: {row['passes']:.2f} passes")
+        each = "" if row["instructions"] is None else f"{row['instructions']:.1f}"
+        lines.append(
+            f"    {row['kernel']:22} {row['programs']:8} {row['warps']:5} {row['registers']:9} "
+            f"{row['spilled']:7} {row['shared']:6} {row['occupancy']:9.0%} {each:>12}  "
+            f"{_widths(row['loads'])} → {_widths(row['stores'])}"
+        )
+    return "\n".join(lines[1:])
+
+
+def _widths(accesses: Mapping[str, int]) -> str:
+    """Of whole tensors; vectors of C values would only hide them."""
+    return ", ".join(f"{name} {size}" for name, size in accesses.items() if name in _WHOLE) or "-"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("shape", nargs="*", type=int, help="the input's, as in 32 256 56 56 (default: ResNet-50's)")
+    add("--batch", type=int, default=32, help="batch size of ResNet-50's shapes (default: 32)")
+    add("--channels-last", action="store_true")
+    add("--dtype", choices=[str(d).removeprefix("torch.") for d in FLOATING], default="bfloat16")
+    add("--activation", help="its name, as in relu")
+    add("--residual", action="store_true", help="add a residual before the activation")
+    add("--eval", action="store_true", help="running statistics instead of the batch's")
+    add("--direction", choices=["forward", "backward", "both"], default="both")
+    add("--target", choices=list(TARGETS), nargs="+", default=["sm_90"])
+    add("--plans", choices=["heuristic", "all"], help="(default: all, but not of ResNet-50)")
+    add("--no-instructions", action="store_true", help="do not disassemble: twice as fast")
+    add("--jobs", type=int, help="processes that compile (default: as many as CPUs)")
+    add("--json", action="store_true", help="one JSON list of rows instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report; 1 where a kernel spills."""
+    activation = Activation.of(args.activation)
+    bits = activation is not None and activation.two_slopes and (args.residual or args.eval)
+    shapes = [(args.batch, *shape[:-1]) for shape in RESNET50]
+    if args.shape:
+        shapes = [tuple(args.shape)]
+    search = args.plans == "all" or (args.plans is None and bool(args.shape))
+    cases: list[Case] = []
+    for target, shape in product(args.target, shapes):
+        x = torch.empty(shape, dtype=getattr(torch, args.dtype), device="meta")
+        if args.channels_last:
+            last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+            x = x.to(memory_format=last)
+        problem, _ = describe(
+            x, training=not args.eval, residual=args.residual, activation=activation, bits=bits
+        )
+        if args.direction != "backward":
+            cases += plans(problem, target, search=search)
+        if args.direction != "forward":
+            cases += plans(gradient_of(problem), target, search=search)
+    found = rows(cases, compile_all(cases, jobs=args.jobs, instructions=not args.no_instructions))
+    print(json.dumps(found, indent=1) if args.json else table(found))
+    return int(any(row["spilled"] for row in found))

@@ -154,7 +154,8 @@ class Training:
         for name, new in witness.differences().items():
             worst[name] = Difference(*map(max, new, worst.get(name, new)))
         if where not in self.plans and witness.step is not None:
-            self.plans[where] = str(witness.layer.plan(witness.step.x))
+            step = witness.step
+            self.plans[where] = str(witness.layer.plan(step.x, step.residual))
 
     @torch.no_grad()
     def _test(self) -> None:

@@ -7,18 +7,19 @@ import argparse
 import torch
 
 from triton_bn.arguments import CHANNELS_LAST, DTYPES, shape
+from triton_bn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from triton_bn.plan import DEVICES, Device
-from triton_bn.problem import ACTIVATIONS, Activation, describe
-from triton_bn.report import gradient_of
-from triton_bn.tune import resolve
+from triton_bn.problem import ACTIVATIONS
 
 __all__ = ["add_arguments", "run"]
+
+LAYERS = {2: BatchNorm1d, 3: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     here = torch.cuda.is_available()
     parser.add_argument(
-        "shape", type=shape, metavar="N,C,...", help="of the input, as in 32,64,56,56"
+        "shape", type=shape, metavar="N,C,...", help="the input's, as in 32,64,56,56"
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
     parser.add_argument("--channels-last", action="store_true", help="instead of contiguous")
@@ -29,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=DEVICES,
         default=None if here else "H200",
-        help="default: "
-        + ("the GPU of this machine" if here else "%(default)s, as there is no GPU here"),
+        help="default: " + ("this machine's GPU" if here else "%(default)s, with no GPU here"),
     )
 
 
@@ -39,13 +39,9 @@ def run(args: argparse.Namespace) -> int:
     x = torch.empty(args.shape, dtype=DTYPES[args.dtype], device="meta")
     if args.channels_last and x.dim() in CHANNELS_LAST:
         x = x.to(memory_format=CHANNELS_LAST[x.dim()])
-    activation = Activation.of(args.activation)
-    bits = activation is not None and activation.two_slopes and (args.residual or args.eval)
-    problem, _ = describe(
-        x, training=not args.eval, residual=args.residual, activation=activation, bits=bits
-    )
+    layer = LAYERS[x.dim()](x.shape[1], activation=args.activation, device="meta")
+    layer.train(not args.eval)
     cache = f"{device.cache >> 20} MiB of L2"
     print(f"{device.name} ({device.arch}), {device.processors} processors, {cache}")
-    for each in (problem, gradient_of(problem)):
-        print(f"{each}\n  {resolve(each, device)}")
+    print(layer.plan(x, x if args.residual else None, device=device))
     return 0

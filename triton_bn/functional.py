@@ -94,6 +94,11 @@ def _batch_norm(
         y = _empty(input, weight, bias, residual, num_batches_tracked if training else None)
         y = reference.activate(y, activation)
     else:
+        # A parameter may be a view with strides, one value expanded to all channels, say.
+        if weight is not None:
+            weight = weight.contiguous()
+        if bias is not None:
+            bias = bias.contiguous()
         y = ops.batch_norm(
             input, weight, bias, residual, running_mean, running_var,
             num_batches_tracked, training, momentum, eps, activation, ranks,

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from triton_bn import rewrite
 from triton_bn.problem import Activation
@@ -56,6 +57,8 @@ class Folded(nn.Identity):
 
 def in_place(result: Tensor, target: Tensor) -> Tensor:
     """What ``target += ...`` would have left in ``target``: of its shape and dtype."""
+    if has_torch_function((result, target)):  # one call to those who record calls, as torch.fx does
+        return handle_torch_function(in_place, (result, target), result, target)
     if result.shape != target.shape:
         raise RuntimeError(
             f"output with shape {list(target.shape)} doesn't match the broadcast shape "
@@ -73,14 +76,15 @@ class _Tail(nn.Sequential):
             input = module(input)
         return last(input) if residual is None else self._add(last, input, residual)
 
-    def _add(self, last: nn.Module, input: Tensor, residual: Tensor) -> Tensor:
-        return last(input, residual)
+    def _add(self, last: Any, input: Tensor, residual: Tensor) -> Tensor:
+        sum: Tensor = last(input, residual)
+        return sum
 
 
 class _InPlaceTail(_Tail):
     """The same, where the residual was added in place to what the last child gave."""
 
-    def _add(self, last: nn.Module, input: Tensor, residual: Tensor) -> Tensor:
+    def _add(self, last: Any, input: Tensor, residual: Tensor) -> Tensor:
         return in_place(last(input, residual), input)
 
 
@@ -230,14 +234,21 @@ def _adds_in_place(node: fx.Node) -> bool:
     return node.target in (operator.iadd, "add_")
 
 
+#: Methods and functions of a tensor that give no tensor.
+_NUMBERS = {"dim", "item", "ndimension", "nelement", "numel", "size", "storage_offset", "stride"}
+
+
 def _is_tensor(node: fx.Node) -> bool:
     """Whether it is surely no Python number, which an add takes and a layer does not."""
     if node.op == "call_module" or any(user.op == "call_module" for user in node.users):
         return True
-    if node.op == "call_function":
-        return str(getattr(node.target, "__module__", "")).startswith("torch") or any(
-            isinstance(argument, fx.Node) and _is_tensor(argument) for argument in node.args
-        )
+    if node.op == "call_method":
+        return node.target not in _NUMBERS
+    if node.op == "call_function" and getattr(node.target, "__name__", None) not in _NUMBERS:
+        module = str(getattr(node.target, "__module__", ""))
+        computes = module == "_operator" and node.target is not operator.getitem
+        operands = [argument for argument in node.args if isinstance(argument, fx.Node)]
+        return module.startswith("torch") or (computes and any(map(_is_tensor, operands)))
     return node.type is Tensor or str(node.type).rpartition(".")[2] == "Tensor"
 
 
@@ -479,6 +490,7 @@ def changes(search: Search) -> tuple[list[Change], list[nn.Module]]:
                 passing[body] = node, into_layer and node is fold.path[-1][1]
     written: list[nn.Module] = []
     for body in search.bodies.values():
+        cls: Any = type(body.module)
         places = [search.place(body, fold.act) for fold in taken[body] if fold.act is not None]
         adds = any(fold.add is not None for fold in taken[body])
         if body.kind == "traced" and (adds or None in places or body in passing):
@@ -486,7 +498,7 @@ def changes(search: Search) -> tuple[list[Change], list[nn.Module]]:
                 _edit(fold)
             if body in passing:
                 _pass_on(body.graph, *passing[body])
-            cls = rewrite.rewritten(type(body.module), body.graph)
+            cls = rewrite.rewritten(cls, body.graph)
             found.append((body.module, "__class__", cls))
             written.append(body.module)
             continue
@@ -498,7 +510,7 @@ def changes(search: Search) -> tuple[list[Change], list[nn.Module]]:
             found.append((owner._modules, key, Folded(activation)))
         if body in passing:
             front = _InPlaceTail if passing[body][1] else _Tail
-            cls = rewrite.merged(type(body.module), front)
+            cls = rewrite.merged(cls, front)
             found.append((body.module, "__class__", cls))
             written.append(body.module)
     return found, written

@@ -31,9 +31,50 @@ from triton_bn.problem import Problem, aligned_like
 __all__ = ["backward", "forward", "merge", "normalize", "row", "trial"]
 
 
+_launchers: dict[tuple[Any, ...], Any] = {}
+
+
 def run(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    """The one place where kernels are launched."""
-    kernel[(programs,)](*arguments, **constants)
+    """The one place where kernels are launched, on the device of the first argument.
+
+    Triton works out at every call what the arguments let it specialise on. What decides that is
+    a key here, so that from the second call on the compiled kernel is found by one look-up.
+    """
+    if interpreting():
+        kernel[(programs,)](*arguments, **constants)
+        return
+    device = arguments[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            run(kernel, programs, arguments, constants)
+        return
+    key = (id(kernel), programs, device.index, *constants.values(), *_pattern(arguments))
+    found = _launchers.get(key)
+    if found is None:
+        compiled = kernel[(programs,)](*arguments, **constants)
+        if len(_launchers) >= 4096:
+            _launchers.clear()
+        _launchers[key] = compiled[(programs, 1, 1)], kernel.arg_names[len(arguments) :]
+        return
+    launcher, names = found
+    launcher(*arguments, *[constants[name] for name in names])
+
+
+def _pattern(arguments: tuple[Any, ...]) -> list[Any]:
+    """What a compiled kernel depends on: dtypes and alignment of tensors, integers, what is absent.
+
+    At every call: hence the exact types (a float decides nothing, so it is left out).
+    """
+    pattern: list[Any] = []
+    for argument in arguments:
+        for part in argument if type(argument) is tuple else (argument,):
+            kind = type(part)
+            if kind is int or part is None:
+                pattern.append(part)
+            elif kind is not float:
+                pattern.append(part.dtype)
+                pattern.append(part.data_ptr() & 15)
+    return pattern
 
 
 def _pair(value: float) -> tuple[float, float]:
@@ -221,7 +262,8 @@ def row(problem: Problem, plan: Plan, x: Tensor, tag: int) -> Tensor:
     programs, constants = _vectors(
         problem.channels, tile, geometry[1] * geometry[2], tl.float64, problem.wide
     )
-    run(row_kernel, programs, (partials, sent, problem.count, tag, problem.sizes, geometry), constants)
+    arguments = (partials, x, sent, problem.count, tag, problem.sizes, problem.strides, geometry)
+    run(row_kernel, programs, arguments, constants)
     return sent
 
 

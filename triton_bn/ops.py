@@ -190,13 +190,13 @@ def backward(
     if use_kernels(dy):
         problem, seen = describe(
             dy if x is None else x,
+            direction="backward",
             # A shared batch's statistics are given, so far as plans are concerned: two launches.
             training=training and share is None,
             residual=residual is not None,
             activation=activation,
             bits=packed is not None,
         )
-        problem = replace(problem, direction="backward")
         return launch.backward(
             problem, _resolve(problem, dy), dy, None if x is None else seen, stats, weight, bias,
             residual, packed, needs, share,

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from triton_bn.problem import Problem
+from triton_bn.problem import Problem, hash_once, without_hash
 
 __all__ = ["DEVICES", "Device", "Plan", "Tile", "candidates", "channel_blocks", "heuristic", "tile_channels", "with_source"]
 
@@ -34,6 +34,9 @@ class Device:
     processors: int
     cache: int
     warp: int = 32
+
+    __hash__ = hash_once
+    __getstate__ = without_hash
 
     @staticmethod
     @lru_cache(maxsize=None)
@@ -76,6 +79,9 @@ class Tile:
     warps: int = 4
     splits: int = 1
 
+    __hash__ = hash_once
+    __getstate__ = without_hash
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -95,6 +101,9 @@ class Plan:
     window: int = 0
     programs: int = 0
     source: str = field(default="heuristic", compare=False)
+
+    __hash__ = hash_once
+    __getstate__ = without_hash
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready data, without its source."""

@@ -21,9 +21,9 @@ what is allocated for it (output, gradients) is dense.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -50,6 +50,20 @@ _TWO_SLOPES = frozenset({"relu", "relu6", "leaky_relu"})
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def hash_once(self: Any) -> int:
+    """``__hash__`` of a frozen dataclass that is looked up at every call: computed at the first."""
+    value: int | None = self.__dict__.get("_hash")
+    if value is None:
+        value = hash(tuple(getattr(self, f.name) for f in fields(self) if f.compare))
+        object.__setattr__(self, "_hash", value)
+    return value
+
+
+def without_hash(self: Any) -> dict[str, Any]:
+    """``__getstate__`` beside :func:`hash_once`: another process has other hashes."""
+    return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
+
 @dataclass(frozen=True)
 class Activation:
     """An activation behind the normalization, as ``torch.nn.functional`` defines it.
@@ -65,6 +79,9 @@ class Activation:
 
     name: str
     parameter: float | None = None
+
+    __hash__ = hash_once
+    __getstate__ = without_hash
 
     def __post_init__(self) -> None:
         if self.name not in ACTIVATIONS:
@@ -127,6 +144,9 @@ class Problem:
     #: ``momentum=None``: the running statistics are the cumulative average of all batches.
     cumulative: bool = False
 
+    __hash__ = hash_once
+    __getstate__ = without_hash
+
     @property
     def count(self) -> int:
         """Values a channel: M of the formulas."""
@@ -163,7 +183,7 @@ class Problem:
         return self.dtype.itemsize
 
     def __str__(self) -> str:
-        parts = [f"{self.outer}x{self.channels}x{self.inner}", str(self.dtype).removeprefix("torch.")]
+        parts = [f"{self.outer}x{self.channels}x{self.inner}", _name(self.dtype)]
         if not self.dense:
             parts.append(f"strides {self.strides}")
         if self.vector * self.itemsize < 16:
@@ -219,49 +239,57 @@ def canonical(
 def describe(
     x: Tensor,
     *,
+    direction: Literal["forward", "backward"] = "forward",
     training: bool,
     residual: bool = False,
     activation: Activation | None = None,
     bits: bool = False,
     cumulative: bool = False,
 ) -> tuple[Problem, Tensor]:
-    """The forward problem of an input (N, C, *), and the input, or its copy where it has no canonical view."""
-    view = canonical(tuple(x.shape), x.stride())
-    if view is None or (
-        not _dense(view) and _sizes(torch.empty_like(x, device="meta")) != view[0]
-    ):
+    """The problem of an input (N, C, *), and the input, or its copy where it has no canonical view."""
+    flags = (direction, training, residual, activation, bits, cumulative)
+    problem = _described(x.shape, x.stride(), x.dtype, x.data_ptr() % 16, *flags)
+    if problem is None:
         x = x.contiguous()
-        view = canonical(tuple(x.shape), x.stride())
-        assert view is not None
-    sizes, strides = view
-    return (
-        Problem(
-            "forward", *sizes, strides, x.dtype, _vector(x, sizes, strides),
-            training, activation, residual, bits, cumulative,
-        ),
-        x,
-    )  # fmt: skip
+        problem = _described(x.shape, x.stride(), x.dtype, x.data_ptr() % 16, *flags)
+        assert problem is not None, "a contiguous tensor always has its canonical view"
+    return problem, x
 
 
-def _dense(view: tuple[tuple[int, int, int], tuple[int, int, int]]) -> bool:
-    (_, channels, inner), strides = view
-    return strides == (channels * inner, inner, 1)
-
-
-def _sizes(x: Tensor) -> tuple[int, int, int] | None:
-    view = canonical(tuple(x.shape), x.stride())
-    return None if view is None else view[0]
-
-
-def _vector(x: Tensor, sizes: tuple[int, int, int], strides: tuple[int, int, int]) -> int:
-    """Adjacent values in 16 bytes, less where rows (of x, or of what is dense) or x itself start elsewhere."""
-    vector = 16 // x.element_size()
-    pitches = (sizes[1] * sizes[2], strides[0] if sizes[0] > 1 else 0)
+@lru_cache(maxsize=4096)
+def _described(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    misaligned: int,
+    direction: Literal["forward", "backward"],
+    training: bool,
+    residual: bool,
+    activation: Activation | None,
+    bits: bool,
+    cumulative: bool,
+) -> Problem | None:
+    view = canonical(tuple(shape), strides)
+    if view is None:
+        return None
+    sizes, steps = view
+    row = sizes[1] * sizes[2]
+    if steps != (row, sizes[2], 1):
+        # Everything else will lie as torch.empty_like(x) does: that must be the same block.
+        like = torch.empty_like(torch.empty_strided(shape, strides, dtype=dtype, device="meta"))
+        dense = canonical(tuple(shape), like.stride())
+        if dense is None or dense[0] != sizes:
+            return None
+    # Adjacent values in 16 bytes, fewer where rows (of x, or of what is dense) or x itself start elsewhere.
+    vector = 16 // dtype.itemsize
+    pitches = (row, steps[0] if sizes[0] > 1 else 0)
     while vector > 1 and (
-        x.data_ptr() % (vector * x.element_size()) or any(pitch % vector for pitch in pitches)
+        misaligned % (vector * dtype.itemsize) or any(pitch % vector for pitch in pitches)
     ):
         vector //= 2
-    return vector
+    return Problem(
+        direction, *sizes, steps, dtype, vector, training, activation, residual, bits, cumulative
+    )
 
 
 def aligned_like(tensor: Tensor, dense: Tensor) -> Tensor:
@@ -342,31 +370,38 @@ def check(
             continue
         if tensor.numel() != channels:
             raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
-        if tensor.dim() != 1 or tensor.stride(0) != 1:
-            raise RuntimeError(
-                f"{name} should be a contiguous vector of {channels} elements, but has shape "
-                f"{list(tensor.shape)} and strides {tensor.stride()}"
-            )
+        if tensor.dim() != 1:
+            raise RuntimeError(f"{name} should have 1 dimension, but has shape {list(tensor.shape)}")
         if tensor.device != device:
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but {name} is on {tensor.device}, "
                 f"different from the input on {device}"
             )
-        if tensor.dtype != dtype and (tensor.dtype != torch.float32 or dtype == torch.float64):
-            allowed = {str(dtype).removeprefix("torch."), "float64" if dtype == torch.float64 else "float32"}
-            raise RuntimeError(
-                f"mixed dtype: expect {name} to have scalar type of {' or '.join(sorted(allowed))} beside an "
-                f"input of {str(dtype).removeprefix('torch.')}, but got {str(tensor.dtype).removeprefix('torch.')}"
-            )
-        if shared is not None and tensor.dtype != shared:
-            raise RuntimeError(
-                f"mixed dtype: all parameters and buffers must share one scalar type, but {name} has "
-                f"{str(tensor.dtype).removeprefix('torch.')} and another {str(shared).removeprefix('torch.')}"
-            )
-        shared = tensor.dtype
+        own = tensor.dtype
+        if own is not shared:
+            if own != dtype and (own != torch.float32 or dtype == torch.float64):
+                allowed = {_name(dtype), "float64" if dtype == torch.float64 else "float32"}
+                raise RuntimeError(
+                    f"mixed dtype: expect {name} to have scalar type of {' or '.join(sorted(allowed))} "
+                    f"beside an input of {_name(dtype)}, but got {_name(own)}"
+                )
+            if shared is not None:
+                raise RuntimeError(
+                    f"mixed dtype: all parameters and buffers must share one scalar type, but {name} has "
+                    f"{_name(own)} and another {_name(shared)}"
+                )
+            shared = own
     for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
-        if buffer is not None and buffer.requires_grad:
+        if buffer is None:
+            continue
+        if not buffer.is_contiguous():
+            raise RuntimeError(f"{name} should be contiguous, but has strides {buffer.stride()}")
+        if buffer.requires_grad:
             raise RuntimeError(
                 f"batch_norm is not differentiable with respect to argument '{name}'. "
                 "This input cannot have requires_grad True."
             )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

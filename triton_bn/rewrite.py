@@ -130,8 +130,8 @@ def _require_straight(
         """Whether it tells a stand-in from what it stands for, or looks at what may change."""
         if isinstance(node, ast.Name):
             found = value(node)
-            fixed = found in (module, _CHILD, _RESULT) or isinstance(found, _CONSTANT)
-            return not fixed and not callable(found)
+            known = found is _CHILD or found is _RESULT or isinstance(found, _CONSTANT)
+            return not known and not callable(found)
         if isinstance(node, ast.Attribute):
             other = node.attr == "training" and value(node.value) is not module
             return other or node.attr.startswith("__")
@@ -335,12 +335,14 @@ _RECIPE = "_triton_bn_recipe"
 def _derive(bases: tuple[type, ...], body: dict[str, Any], recipe: tuple[Any, ...]) -> type:
     """The class that ``recipe`` makes: a function here, the class it starts from, the rest."""
     cls = bases[-1]
-    if any(getattr(cls, name) is not getattr(object, name) for name in ("__reduce__", "__reduce_ex__")):
+    pickling = ("__reduce__", "__reduce_ex__")
+    if any(getattr(cls, name) is not getattr(object, name) for name in pickling):
         raise Refused("belongs to a class that pickles in a way of its own")
 
     def reduce(self: Any, protocol: Any) -> Any:
         """As any object's, but for the class: no import finds it, so it is made again."""
-        _, (_, *arguments), *state = object.__reduce_ex__(self, max(int(protocol), 2))
+        reduced: Any = object.__reduce_ex__(self, max(int(protocol), 2))
+        _, (_, *arguments), *state = reduced
         return _make, (recipe, *arguments), *state
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from triton_bn.kernels.activation import activate, steep
-from triton_bn.kernels.moments import chunk_moments, fold_moments, merge_partials
+from triton_bn.kernels.moments import Moments, chunk_moments, fold_moments, load_base, merge_partials
 from triton_bn.kernels.tile import (
     double,
     load_channel,
@@ -128,7 +128,7 @@ def normalize_item(
         tl.store(p_stats + channel, mean, mask=owner)
         tl.store(p_stats + sizes[1] + channel, invstd, mask=owner)
     else:
-        a = merge_partials(p_partials, channel, sizes, partial, T)
+        a = merge_partials(p_partials, p_x, channel, sizes, strides, partial, T)
         mean = a.mean
         invstd = tl.rsqrt(a.m2 / tl.maximum(a.count, 1) + double(eps, T.ACC))
         publish(p_stats, running, momentum, a, invstd, channel, owner, sizes[1], CUMULATIVE, T)
@@ -187,9 +187,11 @@ def forward_kernel(
     x = load_chunk(
         p_x, 0, sizes[0], strides[0], columns.offset, columns, T.U, T.RAGGED, "evict_first", T
     )
-    a = fold_moments(chunk_moments(x, 0, sizes[0], T.RAGGED, T), columns, first, T)
-    invstd = tl.rsqrt(a.m2 / tl.maximum(a.count, 1) + double(eps, T.ACC))
+    base = load_base(p_x, columns.channel, strides, columns.mask, T)[None, :]
+    a = fold_moments(chunk_moments(x, base, 0, sizes[0], T.RAGGED, T), columns, first, T)
     channel = first + tl.arange(0, T.G)
+    a = Moments(a.count, load_base(p_x, channel, strides, channel < sizes[1], T) + a.mean, a.m2)
+    invstd = tl.rsqrt(a.m2 / tl.maximum(a.count, 1) + double(eps, T.ACC))
     publish(p_stats, running, momentum, a, invstd, channel, a.count > 0, sizes[1], False, T)
     affine = column_affine(
         spread(a.mean, columns, first, T), spread(invstd, columns, first, T), parameters, columns, T

@@ -6,6 +6,7 @@ very chunk. As x0 is one of the chunk's values, (x0 - mean)**2 <= (U - 1) * vari
 inequality), so the subtraction M2 = sum d**2 - (sum d)**2 / U cannot cancel more than a factor U,
 whatever the data; and it costs three instructions a value, without a division. Slots, then columns, then
 programs are merged by Chan's rule in an order that the shapes alone decide: the same bits on every run.
+Until the last merge all means of a channel are kept relative to its first value (:func:`load_base`).
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ def merge(a, b):
     count = a.count + b.count
     share = b.count / tl.maximum(count, 1)
     delta = b.mean - a.mean
-    return Moments(count, a.mean + delta * share, a.m2 + b.m2 + delta * delta * a.count * share)
+    return Moments(count, a.mean + delta * share, a.m2 + b.m2 + delta * a.count * (delta * share))
 
 
 @triton.jit
@@ -43,8 +44,8 @@ def merge_axis(a, axis: tl.constexpr):
 
 
 @triton.jit
-def chunk_moments(tiles, n, n_end, RAGGED: tl.constexpr, T: tl.constexpr):
-    """Moments of the slots of U tiles: count [R, 1], mean and M2 [R, K]. RAGGED: rows end at n_end."""
+def chunk_moments(tiles, base, n, n_end, RAGGED: tl.constexpr, T: tl.constexpr):
+    """Moments of the slots of U tiles: count [R, 1], mean - base and M2 [R, K]. RAGGED: rows end at n_end."""
     DEPTH: tl.constexpr = T.U
     origin = tiles[0].to(T.ACC)
     total = tl.zeros_like(origin)
@@ -62,7 +63,18 @@ def chunk_moments(tiles, n, n_end, RAGGED: tl.constexpr, T: tl.constexpr):
         square += d * d
     mean = total / tl.maximum(count, 1)
     m2 = square - total * mean
-    return Moments(count, origin + mean, tl.where(m2 < 0, 0, m2))
+    return Moments(count, origin - base + mean, tl.where(m2 < 0, 0, m2))
+
+
+@triton.jit
+def load_base(p_x, channel, strides, mask, T: tl.constexpr):
+    """The first value of each channel: what all its means are relative to until they are one.
+
+    Rounded to float32 as they are, the means of two parts of a channel would lose their difference.
+    """
+    if T.WIDE:
+        channel = tl.cast(channel, tl.int64)
+    return tl.load(p_x + channel * strides[1], mask=mask, other=0.0).to(T.ACC)
 
 
 @triton.jit
@@ -101,7 +113,7 @@ def partial_shares(q, channel, sizes, partial, T: tl.constexpr):
 
 
 @triton.jit
-def merge_partials(p_partials, channel, sizes, partial, T: tl.constexpr):
+def merge_partials(p_partials, p_x, channel, sizes, strides, partial, T: tl.constexpr):
     """The moments of channels [G] from all their partials, Q at a time."""
     zero = tl.full((T.G,), 0.0, T.ACC)
     a = Moments(zero, zero, zero)
@@ -113,7 +125,8 @@ def merge_partials(p_partials, channel, sizes, partial, T: tl.constexpr):
         mean = tl.load(p_partials + o, mask=share > 0, other=0.0)
         m2 = tl.load(p_partials + last * sizes[1] + o, mask=share > 0, other=0.0)
         a = merge(a, merge_axis(Moments(share.to(T.ACC), mean, m2), 0))
-    return a
+    base = load_base(p_x, channel, strides, channel < sizes[1], T)
+    return Moments(a.count, base + a.mean, a.m2)
 
 
 @triton.jit
@@ -125,18 +138,19 @@ def moments_item(p_x, p_partials, i_block, i_split, sizes, strides, partial, T: 
     row = row_length(sizes[1], sizes[2], T)
     columns = tile_columns(i_block * T.K, row, sizes[2], strides, T)
     n_begin, n_ragged, n_end = row_range(i_split, partial[0], sizes[0], T)
+    base = load_base(p_x, columns.channel, strides, columns.mask, T)[None, :]
     zero = tl.full((T.R, T.K), 0.0, T.ACC)
     a = Moments(tl.full((T.R, 1), 0.0, T.ACC), zero, zero)
     for n in range(n_begin, n_ragged, T.R * T.U):
         x = load_chunk(
             p_x, n, n_end, strides[0], columns.offset, columns, T.U, False, "evict_last", T
         )
-        a = merge(a, chunk_moments(x, n, n_end, False, T))
+        a = merge(a, chunk_moments(x, base, n, n_end, False, T))
     if n_ragged < n_end:
         x = load_chunk(
             p_x, n_ragged, n_end, strides[0], columns.offset, columns, T.U, True, "evict_last", T
         )
-        a = merge(a, chunk_moments(x, n_ragged, n_end, True, T))
+        a = merge(a, chunk_moments(x, base, n_ragged, n_end, True, T))
 
     first = columns.begin // sizes[2]
     a = fold_moments(a, columns, first, T)

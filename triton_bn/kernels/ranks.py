@@ -14,13 +14,13 @@ from triton_bn.kernels.moments import Moments, merge, merge_axis, merge_partials
 
 
 @triton.jit
-def row_kernel(p_partials, p_row, count, tag, sizes, partial, T: tl.constexpr):
+def row_kernel(p_partials, p_x, p_row, count, tag, sizes, strides, partial, T: tl.constexpr):
     """The row of this process, from :func:`triton_bn.kernels.moments.moments_kernel`'s partials."""
     channel = tl.program_id(0) * T.G + tl.arange(0, T.G)
     if T.WIDE:
         channel = channel.to(tl.int64)
     mask = channel < sizes[1]
-    a = merge_partials(p_partials, channel, sizes, partial, T)
+    a = merge_partials(p_partials, p_x, channel, sizes, strides, partial, T)
     tl.store(p_row + channel, a.mean, mask=mask)
     tl.store(p_row + sizes[1] + channel, a.m2, mask=mask)
     if tl.program_id(0) == 0:

@@ -1,0 +1,75 @@
+# Everything starts from a fresh clone: the first target that needs it makes .venv with pinned versions.
+#
+#   make test PYTHON=python3.12      another Python for the environment (>= 3.10)
+#   make test PYTHON=python3 VENV=   this very interpreter, nothing installed: for a machine whose
+#                                    Python already has torch for its GPU, pytest and the other extras
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+
+# Most builds of torch pin the Triton they need; those that bring none (CPU builds) get this one.
+TRITON := triton==3.9.0; platform_system == 'Linux' and python_version >= '3.11'
+PINS := requirements-dev.txt
+
+# A torchvision wheel runs beside one release of torch only, so the models have an environment of their own.
+VENV_MODELS ?= .venv-models
+MODELS_TORCH := torch==2.14.1 torchvision==0.29.1
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+# One thread a process: the tests run side by side, and their tensors are small.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
+
+.PHONY: demo test lint notebooks test-models gpu clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(PY) -m triton_bn demo
+
+test: $(READY)
+	$(PYTEST) -n $(JOBS) -m "not models"
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+# Runs every notebook from top to bottom and writes its outputs back.
+notebooks: $(READY)
+	$(PY) -m nbclient.cli --inplace notebooks/[0-9]*.ipynb
+
+test-models: $(VENV_MODELS)/.ready
+	OMP_NUM_THREADS=1 $(VENV_MODELS)/bin/python -m pytest -m models
+
+# The whole suite and every measurement, on the GPU of this machine.
+gpu: $(READY)
+	$(PY) -m perf.visit
+
+clean:
+	rm -rf .venv .venv-models build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis triton_bn_demo.png
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(call environment,folder): a virtual environment there, by a Python that is new enough.
+define environment
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "triton_bn needs Python >= 3.10; name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(1)
+endef
+
+$(VENV)/.ready: pyproject.toml $(PINS)
+	$(call environment,$(VENV))
+	$(PY) -m pip install --quiet -c $(PINS) torch
+	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install --quiet "$(TRITON)"
+	$(PY) -m pip install --quiet -c $(PINS) -e ".[dev]"
+	touch $@
+
+$(VENV_MODELS)/.ready: pyproject.toml
+	$(call environment,$(VENV_MODELS))
+	$(VENV_MODELS)/bin/python -m pip install --quiet $(MODELS_TORCH)
+	$(VENV_MODELS)/bin/python -m pip install --quiet -e ".[test,models]"
+	touch $@

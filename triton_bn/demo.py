@@ -35,7 +35,12 @@ _HEADERS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=positive, default=3, help="default: %(default)s")
+    parser.add_argument(
+        "--epochs",
+        type=positive,
+        default=2 if interpreting() else 10,
+        help="default: 10, in Triton's interpreter 2",
+    )
     parser.add_argument("--batch", type=positive, default=64, help="default: %(default)s")
     parser.add_argument(
         "--limit", type=positive, metavar="N", help="train on N images only (default: all 1437)"

@@ -71,6 +71,12 @@ def _batch_norm(
 
     With ``ranks``, input is this process's part of a training batch.
     """
+    if torch.jit.is_tracing() and ranks is None:
+        # Sizes are tensors there: what PyTorch's own operators ask of them leaves no mark in the trace.
+        return reference.composite(
+            input, weight, bias, running_mean, running_var, num_batches_tracked, residual,
+            training, momentum, eps, activation,
+        )  # fmt: skip
     if ranks is None:
         check(input, running_mean, running_var, weight, bias, training, eps)
         fused = _fuses(input, residual)

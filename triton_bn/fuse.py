@@ -308,7 +308,8 @@ class Search:
         """Whether an ``nn.Sequential`` is never called: its children are, by who holds it."""
         if self.bodies[module].kind != "sequential" or module is self.model or self.sites[module]:
             return False
-        return all(caller in self.bodies for caller in self._callers(module))
+        bodies = [self.bodies.get(caller) for caller in self._callers(module)]
+        return all(body is not None and body.whole for body in bodies)
 
     def _callers(self, module: nn.Module) -> list[nn.Module]:
         """The modules that hold it, past those that do nothing but hold."""
@@ -352,7 +353,7 @@ class Search:
         path = self._path(body, body.source(node.args[0])) if node.args else None
         if path is None:
             return
-        if self.place(body, node) is not None or (body.kind == "traced" and self._may_write(body)):
+        if self.place(body, node) is not None or self._may_write(body):
             self.folds[_end(path)] = _Fold(path, None, 0, node, body.activation(node))
         else:
             self.notes[_end(path)] = "the activation behind it cannot be taken out of its place"
@@ -385,7 +386,8 @@ class Search:
             return "what is added may be a number"
         if _adds_in_place(node) and side == 1 and other_path is None:
             return "it is added in place to a value that may be seen elsewhere"
-        if not all(self._may_write(body) for body, _ in path):
+        inner = (body for body, _ in path[1:])
+        if not self._may_write(body) or not all(self._may_write(b, passing=True) for b in inner):
             return "the add is in a forward that cannot be replaced"
         movable = len(path) == 1 and self._is_alone(body, start.args[0])
         if body.between(start, node) and not movable:
@@ -398,15 +400,16 @@ class Search:
         is_new = isinstance(child, nn.modules.conv._ConvNd | nn.Linear) and not hooked(child)
         return is_new and len(node.users) == 1
 
-    def _may_write(self, body: _Body) -> bool:
-        if body.kind not in ("traced", "sequential"):
+    def _may_write(self, body: _Body, passing: bool = False) -> bool:
+        """Whether a forward may be replaced; ``passing``: by one that takes a residual, too."""
+        if body.kind != "traced" and not (passing and body.kind == "sequential"):
             return False
         try:
             rewrite.require_subclassable(type(body.module), body.graph)
         except Refused:
             return False
         names = [node.target for node in body.graph.nodes if node.op == "placeholder"]
-        return "residual" not in names
+        return not passing or "residual" not in names
 
     def place(self, body: _Body, node: fx.Node) -> tuple[nn.Module, str] | None:
         """Where an activation may be replaced by :class:`Folded`: who holds it, and as what."""
@@ -426,7 +429,8 @@ class Search:
             return self.notes[layer]
         if not self.sites[layer]:
             names = {m: type(m).__name__ for m in self._callers(layer) if m in self.refusals}
-            return "; ".join(f"{name}.forward {self.refusals[m]}" for m, name in names.items())
+            reasons = [f"{name}.forward {self.refusals[m]}" for m, name in names.items()]
+            return "; ".join(reasons) or "no forward that can be read calls it"
         body, node = self.sites[layer][0]
         refusal = self._refusal(layer, node)
         if refusal is not None:

@@ -3,7 +3,7 @@
 In eager mode the layers' calls go straight to :class:`_BatchNorm`. Whatever watches operators go by
 (torch.compile, torch.export, fake tensors, dispatch modes, tensor subclasses) is given those registered
 here: ``torch.ops.triton_bn.{forward, normalize, backward}``, which end in the same functions.
-Transforms that no operator of ours has rules for (torch.func, forward-mode AD, torch.jit.trace) get
+Transforms that no operator of ours has rules for (torch.func, forward-mode AD) get
 :func:`triton_bn.reference.composite`, PyTorch's own operators.
 """
 
@@ -213,6 +213,7 @@ def backward(
     if needs_x or needs_residual:
         count = dy.numel() // dy.shape[1]
         if share is not None and sums is not None and needs_x:
+            sums = sums.clone()  # of which dbias may be a part
             share(sums)
             count = 1
         dx, dresidual = reference.backward_apply(*arguments, sums if training else None, count)
@@ -299,7 +300,9 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, stats, weight, bias, residual, packed = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:5]
-        again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        again = torch.is_grad_enabled()
+        # Compiled autograd traces what eager calls have saved.
+        verbs = _Operators if torch.compiler.is_compiling() else ctx.verbs
         if again and ctx.ranks is None:
             # create_graph: the gradient as a function of everything, in operators that have derivatives.
             gradients = reference.differentiable_backward(
@@ -309,7 +312,7 @@ class _BatchNorm(torch.autograd.Function):
             if x is None and dy.stride() != ctx.layout:
                 dy = torch.empty_strided(dy.shape, ctx.layout, dtype=dy.dtype, device=dy.device).copy_(dy)
             with torch.no_grad():
-                gradients = ctx.verbs.backward(
+                gradients = verbs.backward(
                     dy, x, stats, weight, bias, residual, packed, ctx.activation, ctx.training,
                     needs, ctx.ranks,
                 )  # fmt: skip
@@ -394,8 +397,15 @@ def batch_norm(
 
     With ``ranks``, in training, x is this process's part of the batch; a part may have no values.
     """
+    if _transformed() and ranks is None:
+        return reference.composite(
+            x, weight, bias, running_mean, running_var, num_batches_tracked, residual,
+            training, momentum, eps, activation,
+        )  # fmt: skip
     bits = _keeps_bits(x, weight, bias, residual, training, activation)
-    if torch.compiler.is_compiling() or _watched(x):
+    if torch.compiler.is_compiling() or _watched(
+        x, weight, bias, residual, running_mean, running_var
+    ):
         if training:
             return torch.ops.triton_bn.forward(
                 x, weight, bias, running_mean, running_var, num_batches_tracked, residual,
@@ -404,11 +414,6 @@ def batch_norm(
         return torch.ops.triton_bn.normalize(
             x, running_mean, running_var, weight, bias, residual, eps, *_flat(activation), bits
         )[0]
-    if _transformed() and ranks is None:
-        return reference.composite(
-            x, weight, bias, running_mean, running_var, num_batches_tracked, residual,
-            training, momentum, eps, activation,
-        )  # fmt: skip
     return _BatchNorm.apply(
         _Verbs, x, weight, bias, residual, running_mean, running_var, num_batches_tracked,
         training, momentum, eps, activation, bits, ranks,
@@ -431,18 +436,17 @@ def _keeps_bits(
     return any(needs) and (residual is not None or not needs_sums)
 
 
-def _watched(x: Tensor) -> bool:
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+
+
+def _watched(*tensors: Tensor | None) -> bool:
     """Whether somebody wants to see operators: a dispatch mode, or a tensor subclass."""
-    return torch._C._len_torch_dispatch_stack() > 0 or type(x) not in (Tensor, torch.nn.Parameter)
+    return torch._C._len_torch_dispatch_stack() > 0 or not _PLAIN.issuperset(map(type, tensors))
 
 
 def _transformed() -> bool:
-    """Whether torch.func, forward-mode AD or torch.jit.trace is at work."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
+    """Whether torch.func or forward-mode AD is at work."""
+    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
 
 
 # The operators. Activations travel as (name, parameter), ranks as (name of the group, whether it is still

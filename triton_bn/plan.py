@@ -148,6 +148,9 @@ RESIDENT = {"forward": 48 << 10, "backward": 24 << 10}
 #: Bytes of each input that a streamed window takes: a modelled L2 of 36 MB still held them at the second read.
 WINDOW = {"forward": 6 << 20, "backward": 4 << 20}
 
+#: Values that a thread holds of one resident tile without spilling: they are widened all at once.
+THREAD = 16
+
 #: Tiles that a resident program loads by straight-line code; twice as many took minutes to compile.
 DEPTH = 24
 
@@ -240,7 +243,8 @@ def _resident(problem: Problem, device: Device) -> Iterator[Plan]:
         if held * columns <= limit:
             for warps in _resident_warps(held * columns):
                 tile = _resident_tile(problem, device, columns, warps)
-                if tile.rows * tile.depth * columns <= limit and tile.depth <= DEPTH:
+                share = tile.rows * columns // (tile.warps * device.warp)
+                if tile.rows * tile.depth * columns <= limit and share <= THREAD:
                     yield Plan("resident", tile, channels=min(group, problem.channels))
         if group >= problem.channels:
             return
@@ -254,12 +258,13 @@ def _resident_warps(values: int) -> tuple[int, ...]:
 
 
 def _resident_tile(problem: Problem, device: Device, columns: int, warps: int) -> Tile:
-    """Tiles of about 16 bytes a thread, fewer and larger where more than DEPTH would be needed."""
-    rows = max(warps * device.warp * (16 // problem.itemsize) // columns, 1)
-    rows = min(rows, power_of_two(problem.outer))
+    """Tiles of about 16 bytes a thread: larger where more than DEPTH of them would be needed, fewer warps
+    where that were too many for the values there are."""
+    unit = device.warp * (16 // problem.itemsize)
+    rows = min(max(warps * unit // columns, 1), power_of_two(problem.outer))
     while -(-problem.outer // rows) > DEPTH:
         rows *= 2
-    return Tile(rows, columns, -(-problem.outer // rows), warps)
+    return Tile(rows, columns, -(-problem.outer // rows), max(min(warps, rows * columns // unit), 1))
 
 
 def _split(problem: Problem, device: Device, scale: int, depth: int, warps: int) -> Plan:
@@ -305,9 +310,10 @@ def _tile(problem: Problem, device: Device, scale: int, depth: int, warps: int) 
         programs = 8 * device.processors * scale
     columns = max(columns, 8)
     rows = max(min(values // columns, power_of_two(problem.outer)), 1)
-    while depth > 1 and rows * depth >= 2 * problem.outer:
-        depth //= 2
     blocks = -(-problem.row // columns)
+    # Fewer tiles in flight rather than fewer programs than processors.
+    while depth > 1 and blocks * -(-problem.outer // (rows * depth)) < device.processors:
+        depth //= 2
     splits = max(min(programs // blocks, -(-problem.outer // (rows * depth))), 1)
     return Tile(rows, columns, depth, warps, splits)
 

@@ -85,41 +85,15 @@ def _reduced(x: Tensor) -> list[int]:
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations of each channel: two tensors (C,) of the accumulation dtype."""
     x = x.to(accumulator(x.dtype))
+    # Relative to a channel's first value, then to the mean found there: sums of many values far from
+    # zero would be some roundings off, and constant channels would not come out as they are.
+    base = x[(slice(1), slice(None), *[slice(1)] * (x.dim() - 2))]
+    x = x - base
     mean = x.mean(_reduced(x))
-    return mean, (x - _channelwise(mean, x)).square().sum(_reduced(x))
-
-
-def row(x: Tensor, tag: int) -> Tensor:
-    """The row (:mod:`triton_bn.sync`) of x, (2 * C + 2,) of float64: mean, M2, count and tag."""
-    mean, m2 = moments(x)
-    # What rounding took from the mean, so that the difference of two ranks' means keeps its digits.
-    rest = (x.to(mean.dtype) - _channelwise(mean, x)).mean(_reduced(x)).double()
-    count = x.numel() // x.shape[1]
-    m2 = m2.double() - count * rest.square()
-    return torch.cat([mean.double() + rest, m2.clamp_min(0), m2.new_tensor([count, tag])])
-
-
-def merge(
-    rows: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    momentum: float | None,
-) -> Tensor:
-    """The rows of all ranks, (ranks, 2 * C + 2), merged by Chan's rule; the running statistics advance.
-
-    Returns:
-        Mean, biased variance and the count of all (3, C), in float64.
-    """
-    channels = rows.shape[1] // 2 - 1
-    mean, m2, counts = rows[:, :channels], rows[:, channels:-2], rows[:, -2:-1]
-    count = counts.sum()
-    centre = (counts * mean).sum(0) / count.clamp_min(1)
-    m2 = (m2 + counts * (mean - centre).square()).sum(0)
-    if count == 0:
-        running_mean = running_var = None
-    update_running(centre, m2, count, running_mean, running_var, num_batches_tracked, momentum)
-    return torch.stack([centre, m2 / count.clamp_min(1), count.expand_as(m2)])
+    x = x - _channelwise(mean, x)
+    rest = x.mean(_reduced(x))
+    m2 = (x - _channelwise(rest, x)).square().sum(_reduced(x))
+    return base.reshape(-1) + (mean + rest), m2
 
 
 def update_running(

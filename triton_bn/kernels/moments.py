@@ -63,7 +63,9 @@ def chunk_moments(tiles, base, n, n_end, RAGGED: tl.constexpr, T: tl.constexpr):
         square += d * d
     mean = total / tl.maximum(count, 1)
     m2 = square - total * mean
-    return Moments(count, origin - base + mean, tl.where(m2 < 0, 0, m2))
+    m2 = tl.where(m2 < 0, 0, m2)
+    # A variance that the dtype cannot hold is infinite, not inf - inf.
+    return Moments(count, origin - base + mean, tl.where(square == float("inf"), square, m2))
 
 
 @triton.jit

@@ -1,0 +1,853 @@
+"""``batch_norm`` against float64, in plain torch and through the kernels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from itertools import product
+
+import hypothesis.strategies as st
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from oracle import Path
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from triton_bn import Activation
+from triton_bn.functional import batch_norm
+
+path = oracle.path
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: "resident" is the heuristic's choice for tensors as small as these.
+EACH_DRIVER = pytest.mark.parametrize("driver", ["resident", "split", "streamed"])
+MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+ACTIVATIONS = (*oracle.ACTIVATIONS, Activation("leaky_relu", 0.2), Activation("elu", 0.5))
+EACH_ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same on every device, and in every dtype but for its rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+@dataclass
+class Inputs:
+    """The tensors of a call."""
+
+    x: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    dy: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        *shape: int,
+        dtype: torch.dtype = torch.float32,
+        parameters: torch.dtype | None = None,
+        layout: str = "contiguous",
+        residual: bool = False,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> Inputs:
+        """Random ones, with everything but the residual present unless asked for."""
+        channels, parameters = shape[1], parameters or dtype
+        inputs = cls(
+            x=oracle.arrange(2 * randn(*shape, seed=seed, dtype=dtype) - 0.5, layout),
+            weight=randn(channels, seed=seed + 1, dtype=parameters) + 0.5,
+            bias=randn(channels, seed=seed + 2, dtype=parameters),
+            residual=randn(*shape, seed=seed + 3, dtype=dtype) if residual else None,
+            running_mean=randn(channels, seed=seed + 4, dtype=parameters),
+            running_var=randn(channels, seed=seed + 5, dtype=parameters).square() + 0.25,
+            dy=randn(*shape, seed=seed + 6, dtype=dtype),
+        )
+        return inputs.to(device)
+
+    def to(self, device: torch.device | str) -> Inputs:
+        """On another device, in the same layout."""
+        if torch.device(device).type == "cpu":
+            return self
+        moved = {}
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if tensor is not None:
+                storage = torch.empty(0, dtype=tensor.dtype, device=device)
+                storage.set_(tensor.untyped_storage().to(device=device))
+                tensor = storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+            moved[field.name] = tensor
+        return Inputs(**moved)
+
+    def statistics(self) -> list[Tensor]:
+        return [t for t in (self.running_mean, self.running_var) if t is not None]
+
+
+def layout(t: Tensor) -> list[int]:
+    """The strides of the dimensions that have any."""
+    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1]
+
+
+def results(
+    inputs: Inputs,
+    training: bool,
+    *,
+    activation: str | Activation | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    needs: tuple[str, ...] = ("x", "weight", "bias", "residual"),
+) -> dict[str, Tensor]:
+    """What a call gives: y, the gradients of those in ``needs``, and in training the statistics after it.
+
+    Its inputs are left alone.
+    """
+    leaves = {
+        name: getattr(inputs, name).detach().requires_grad_()
+        for name in needs
+        if getattr(inputs, name) is not None
+    }
+
+    def leaf(name: str) -> Tensor | None:
+        return leaves.get(name, getattr(inputs, name))
+
+    after = [t.clone() for t in inputs.statistics()] or [None, None]
+    y = batch_norm(
+        leaf("x"), *after, leaf("weight"), leaf("bias"), training, momentum, eps,
+        residual=leaf("residual"), activation=activation,
+    )  # fmt: skip
+    got = {"y": y.detach()}
+    if leaves and inputs.dy is not None:
+        gradients = torch.autograd.grad(y, list(leaves.values()), inputs.dy)
+        got |= {f"d{name}": grad for name, grad in zip(leaves, gradients, strict=True)}
+    if training and after[0] is not None:
+        got |= {"running_mean": after[0], "running_var": after[1]}
+    return got
+
+
+def check(inputs: Inputs, training: bool, path: Path, *, rms: bool = True, **options: object) -> dict[str, Tensor]:
+    """A call's results, compared with the oracle's."""
+    got = results(inputs, training, **options)
+    options.pop("needs", None)
+    want = oracle.batch_norm(
+        inputs.x, inputs.running_mean, inputs.running_var, inputs.weight, inputs.bias, training,
+        residual=inputs.residual, dy=inputs.dy, truncates=path.truncates, **options,
+    )  # fmt: skip
+    for name, tensor in got.items():
+        source = getattr(inputs, "x" if name == "y" else name.removeprefix("d"))
+        assert tensor.dtype == source.dtype, name
+        want[name].assert_close(tensor, name, rms=rms)
+    return got
+
+
+# The question the project started from.
+
+
+def test_rgb_batch_is_normalized_per_channel_over_batch_height_and_width(path: Path) -> None:
+    x = torch.rand(32, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    gamma, beta = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([34.0, 35.0, 69.0])
+    eps = 1e-5
+
+    def beside(v: Tensor) -> Tensor:
+        return v[None, :, None, None]
+
+    pixels = [x[:, c].reshape(-1).double() for c in range(3)]
+    mean = torch.stack([p.sum() / 512 for p in pixels])
+    std = torch.stack([((p - p.sum() / 512).square().sum() / 512 + eps).sqrt() for p in pixels])
+    by_hand = torch.stack([(x[:, c] - mean[c]) / std[c] * gamma[c] + beta[c] for c in range(3)], 1)
+    # transforms.Normalize(mean, std), then γ and β.
+    normalized = x.double().sub(beside(mean)).div(beside(std))
+    transformed = normalized * beside(gamma) + beside(beta)
+    layer = torch.nn.BatchNorm2d(3, eps=eps)
+    with torch.no_grad():
+        layer.weight.copy_(gamma)
+        layer.bias.copy_(beta)
+    ours = batch_norm(
+        x.to(path.device), None, None, gamma.to(path.device), beta.to(path.device), True, eps=eps
+    ).cpu()
+
+    tolerance = {"rtol": 4 * torch.finfo(torch.float32).eps, "atol": 0.0}
+    torch.testing.assert_close(transformed, by_hand.double(), **tolerance)
+    torch.testing.assert_close(layer(x).detach(), by_hand.float(), **tolerance)
+    torch.testing.assert_close(ours, by_hand.float(), **tolerance)
+    torch.testing.assert_close(ours.mean((0, 2, 3)), beta, **tolerance)
+    torch.testing.assert_close(ours.std((0, 2, 3), correction=0), gamma, rtol=1e-3, atol=0.0)
+
+
+# Every shape, layout and dtype.
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: tuple[int, ...]
+    layout: str
+    dtype: torch.dtype
+    parameters: torch.dtype
+    present: frozenset[str]
+    residual: str | None
+    dy: str
+    activation: Activation | None
+    training: bool
+    momentum: float
+    eps: float
+    offset: float
+    scale: float
+    plan: int
+    seed: int
+
+    def inputs(self) -> Inputs:
+        channels = self.shape[1]
+        x = self.offset + self.scale * randn(*self.shape, seed=self.seed)
+        parameters = {
+            "weight": randn(channels, seed=self.seed + 1),
+            "bias": randn(channels, seed=self.seed + 2),
+            "running_mean": self.offset + self.scale * randn(channels, seed=self.seed + 3),
+            "running_var": self.scale**2 * (0.1 + randn(channels, seed=self.seed + 4).square()),
+        }
+        residual = None
+        if self.residual is not None:
+            residual = oracle.arrange(randn(*self.shape, seed=self.seed + 5).to(self.dtype), self.residual)
+        return Inputs(
+            x=oracle.arrange(x.to(self.dtype), self.layout),
+            residual=residual,
+            dy=oracle.arrange(randn(*self.shape, seed=self.seed + 6).to(self.dtype), self.dy),
+            **{k: v.to(self.parameters) if k in self.present else None for k, v in parameters.items()},
+        )
+
+
+def shapes() -> st.SearchStrategy[tuple[int, ...]]:
+    """(N, C, *) of some thousand values, and more than one a channel: interpreted programs take long."""
+    size = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 13])
+    channels = st.sampled_from([1, 2, 3, 5, 8, 13, 16, 31, 64])
+    images = st.integers(0, 4).flatmap(lambda spatial: st.tuples(size, channels, *[size] * spatial))
+    usual = st.tuples(st.integers(1, 12), channels, st.sampled_from([7, 14]), st.sampled_from([7, 14]))
+    long = st.tuples(st.integers(300, 4000), st.integers(1, 4))
+    long_with_space = st.tuples(st.integers(100, 1000), st.integers(1, 4), st.integers(1, 5))
+    wide = st.tuples(st.integers(1, 4), st.integers(100, 400), st.integers(1, 4))
+    return st.one_of(images, usual, long, long_with_space, wide).filter(
+        lambda s: math.prod(s) <= 8000 and math.prod(s) > s[1]
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    dtype = draw(st.sampled_from(DTYPES))
+    training = draw(st.booleans())
+    layouts = st.sampled_from(["contiguous", "channels_last", *oracle.LAYOUTS])
+    present = {name for name in ("weight", "bias") if draw(st.booleans())}
+    if not training or draw(st.booleans()):
+        present |= {"running_mean", "running_var"}
+    names = st.sampled_from(ACTIVATIONS)
+    activation = draw(st.none() | st.sampled_from(["relu", "silu"]) | names)
+    return Case(
+        shape=draw(shapes()),
+        layout=draw(layouts),
+        dtype=dtype,
+        parameters=draw(st.sampled_from([dtype, dtype if dtype == torch.float64 else torch.float32])),
+        present=frozenset(present),
+        residual=draw(st.none() | layouts),
+        dy=draw(layouts),
+        activation=Activation.of(activation),
+        training=training,
+        momentum=draw(st.sampled_from([0.1, 0.0, 1.0, 0.7])),
+        eps=draw(st.sampled_from([1e-5, 1e-3, 0.5])),
+        offset=draw(st.sampled_from([0.0, 0.0, 1.0, -30.0])),
+        scale=draw(st.sampled_from([1.0, 1.0, 0.05, 4.0])),
+        plan=draw(st.integers(0, 19)),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases())
+def test_any_input_agrees_with_float64(path: Path, case: Case) -> None:
+    path.plan = case.plan
+    inputs = case.inputs().to(path.device)
+    repeated = "expanded" in case.layout + case.dy + (case.residual or "")
+    got = check(
+        inputs, case.training, path,
+        activation=case.activation, momentum=case.momentum, eps=case.eps, rms=not repeated,
+    )  # fmt: skip
+    for name in ("y", "dx"):
+        assert layout(got[name]) == layout(torch.empty_like(inputs.x)), f"{name} has another layout than x"
+
+
+def test_the_oracle_agrees_with_pytorch(device: torch.device) -> None:
+    """What judges everything else is itself F.batch_norm with autograd, in float64."""
+    for training, activation in product((True, False), (None, "relu", "mish")):
+        inputs = Inputs.of(3, 4, 5, dtype=torch.float64, residual=True)
+        want = oracle.batch_norm(
+            inputs.x, inputs.running_mean, inputs.running_var, inputs.weight, inputs.bias, training,
+            residual=inputs.residual, dy=inputs.dy, activation=activation,
+        )  # fmt: skip
+        leaves = [t.requires_grad_() for t in (inputs.x, inputs.weight, inputs.bias, inputs.residual)]
+        x, weight, bias, residual = leaves
+        y = F.batch_norm(x, inputs.running_mean, inputs.running_var, weight, bias, training) + residual
+        y = oracle.activate(y, Activation.of(activation))
+        gradients = torch.autograd.grad(y, leaves, inputs.dy)
+        got = dict(zip(["y", "dx", "dweight", "dbias", "dresidual"], [y, *gradients], strict=True))
+        if training:
+            got |= {"running_mean": inputs.running_mean, "running_var": inputs.running_var}
+        assert got.keys() == want.keys()
+        for name, tensor in got.items():
+            torch.testing.assert_close(tensor, want[name].value, rtol=1e-12, atol=1e-13, msg=name)
+
+
+# Numbers.
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("ratio", [1e2, 1e3, 1e4])
+@EACH_DRIVER
+def test_a_mean_far_from_zero_costs_the_variance_nothing(
+    path: Path, driver: str, ratio: float, layout: str
+) -> None:
+    path.driver = driver
+    for shape in ((2, 3, 4), (48, 3, 7, 7)):
+        inputs = Inputs.of(*shape)
+        inputs.x = oracle.arrange(randn(*shape, dtype=torch.float64).add(ratio).float(), layout)
+        check(inputs.to(path.device), True, path, momentum=1.0)
+
+
+@EACH_DRIVER
+@pytest.mark.parametrize("first", [0.0, -1e4, 3e4])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_an_outlying_first_value_does_not_spoil_the_variance(
+    path: Path, driver: str, first: float, layout: str
+) -> None:
+    """A variance taken about the first value would cancel all its digits here."""
+    path.driver = driver
+    values = randn(100, 2, 4, dtype=torch.float64).add(1e4).float()
+    values[0, 1, 0] = first
+    inputs = Inputs.of(100, 2, 4)
+    inputs.x = oracle.arrange(values, layout)
+    check(inputs.to(path.device), True, path, momentum=1.0, rms=False)
+
+
+@EACH_DRIVER
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [0.0, 1.0, -1e4, 1e30, 1e-20])
+def test_a_constant_channel_becomes_its_bias(
+    path: Path, driver: str, value: float, dtype: torch.dtype
+) -> None:
+    path.driver = driver
+    inputs = Inputs.of(50, 3, 2, dtype=dtype)
+    inputs.x[:, 1] = min(value, torch.finfo(dtype).max)
+    inputs = inputs.to(path.device)
+    got = check(inputs, True, path, momentum=1.0, rms=False)
+    assert torch.equal(got["y"][:, 1], inputs.bias[1].expand(50, 2))
+    assert got["running_mean"][1] == inputs.x[0, 1, 0]
+    assert got["running_var"][1] == 0
+
+
+@EACH_DRIVER
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [*product((1e17, 1e-10, 1e-20), (torch.bfloat16, torch.float32)), (1e30, torch.float64)],
+    ids=str,
+)
+def test_huge_and_tiny_values_are_normalized_like_others(
+    path: Path, driver: str, scale: float, dtype: torch.dtype
+) -> None:
+    """Up to where the sum of squares passes the largest number."""
+    path.driver = driver
+    inputs = Inputs.of(20, 3, 7, dtype=dtype)
+    inputs.x = (inputs.x.double() * scale).to(dtype)
+    check(inputs.to(path.device), True, path, momentum=1.0, rms=False)
+
+
+@EACH_DRIVER
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_a_variance_beyond_float32_is_infinite_and_normalizes_to_the_bias(
+    path: Path, driver: str, activation: str | None, dtype: torch.dtype
+) -> None:
+    path.driver = driver
+    for layout in ("contiguous", "channels_last"):
+        inputs = Inputs.of(20, 3, 7, dtype=dtype)
+        inputs.x[:, 1] *= 1e30
+        inputs.x = oracle.arrange(inputs.x, layout)
+        inputs = inputs.to(path.device)
+        got = results(inputs, True, activation=activation, momentum=1.0)
+        bias = oracle.activate(inputs.bias[1].float(), Activation.of(activation))
+        torch.testing.assert_close(got["y"][:, 1].float(), bias.expand(20, 7), rtol=1e-2, atol=0)
+        assert got["running_var"][1] == math.inf
+        assert (got["dx"][:, 1] == 0).all()
+        assert all(t.isfinite().all() for t in (got["y"], got["dx"], got["running_mean"]))
+        assert got["running_var"][::2].isfinite().all()
+
+
+@MODES
+@EACH_DRIVER
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("shape", [(6, 5), (20, 5, 3)], ids=str)
+def test_nan_and_infinity_stay_in_their_channel(
+    path: Path, driver: str, poison: float, shape: tuple[int, ...], training: bool
+) -> None:
+    path.driver = driver
+    for layout in ("contiguous", "channels_last"):
+        clean = Inputs.of(*shape, layout=layout, residual=True).to(path.device)
+        want = results(clean, training, activation="relu6")
+        clean.x[0, 2] = poison
+        got = results(clean, training, activation="relu6")
+        others = [0, 1, 3, 4]
+        for name, tensor in got.items():
+            dim = 1 if tensor.dim() > 1 else 0
+            kept = tensor.index_select(dim, torch.tensor(others, device=path.device))
+            before = want[name].index_select(dim, torch.tensor(others, device=path.device))
+            assert torch.equal(kept, before), f"{name} of another channel changed"
+        expected = F.batch_norm(
+            clean.x, clean.running_mean.clone(), clean.running_var.clone(), clean.weight, clean.bias, training
+        )
+        expected = F.relu6(expected + clean.residual)[:, 2]
+        assert torch.equal(got["y"][:, 2].isnan(), expected.isnan())
+        if training:
+            assert got["dx"][:, 2].isnan().all()
+            assert got["running_var"][2].isnan()
+            assert not got["running_mean"][2].isfinite()
+
+
+@MODES
+@EACH_DRIVER
+def test_the_same_call_gives_the_same_bits(path: Path, driver: str, training: bool) -> None:
+    path.driver = driver
+    for layout in ("contiguous", "channels_last", "cropped"):
+        inputs = Inputs.of(20, 5, 7, 3, layout=layout, residual=True).to(path.device)
+        first = results(inputs, training, activation="silu")
+        for _ in range(2):
+            again = results(inputs, training, activation="silu")
+            assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+# Semantics.
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.9, 1.0, -0.5, 1.7])
+def test_running_statistics_move_by_the_momentum(path: Path, momentum: float) -> None:
+    check(Inputs.of(7, 3, 5).to(path.device), True, path, momentum=momentum)
+
+
+def test_running_statistics_are_left_alone_in_eval_and_by_nobody_asking(path: Path) -> None:
+    inputs = Inputs.of(7, 3, 5).to(path.device)
+    before = [t.clone() for t in inputs.statistics()]
+    batch_norm(inputs.x, *inputs.statistics())
+    assert all(torch.equal(a, b) for a, b in zip(before, inputs.statistics(), strict=True))
+    without = batch_norm(inputs.x, None, None, training=True)
+    assert torch.equal(without, batch_norm(inputs.x, *inputs.statistics(), training=True))
+
+
+@MODES
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0), (2, 3, 4, 0), (2, 0), (2, 0, 4)])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_an_empty_batch_has_zero_gradients_and_no_statistics(
+    path: Path, shape: tuple[int, ...], activation: str | None, training: bool
+) -> None:
+    for dtype in (torch.float32, torch.float16):
+        inputs = Inputs.of(*shape, dtype=dtype, parameters=torch.float32, residual=True).to(path.device)
+        got = results(inputs, training, activation=activation)
+        for name in ("x", "weight", "bias", "residual"):
+            source, gradient = getattr(inputs, name), got[f"d{name}"]
+            assert gradient.shape == source.shape
+            assert gradient.dtype == source.dtype
+            assert (gradient == 0).all()
+        assert got["y"].shape == shape
+        assert got["y"].dtype == dtype
+        if training:
+            assert torch.equal(got["running_mean"], inputs.running_mean)
+            assert torch.equal(got["running_var"], inputs.running_var)
+    assert not path.launches
+
+
+@MODES
+@pytest.mark.parametrize("weight", [True, False])
+def test_weight_and_bias_may_come_alone(path: Path, weight: bool, training: bool) -> None:
+    inputs = Inputs.of(7, 3, 5).to(path.device)
+    if weight:
+        inputs.bias = None
+    else:
+        inputs.weight = None
+    check(inputs, training, path, activation="elu")
+
+
+LEAVES = ("x", "weight", "bias", "residual")
+
+
+@MODES
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+def test_any_subset_of_inputs_may_want_a_gradient(
+    path: Path, residual: bool, activation: str | None, training: bool
+) -> None:
+    for mask in range(1, 2 ** (3 + residual)):
+        needs = tuple(name for i, name in enumerate(LEAVES) if mask >> i & 1)
+        inputs = Inputs.of(5, 3, 4, residual=residual).to(path.device)
+        got = check(inputs, training, path, needs=needs, activation=activation)
+        assert {f"d{name}" for name in needs} <= got.keys()
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_calls_before_backward_do_not_disturb_one_another(path: Path, activation: str | None) -> None:
+    """In training and in eval by turns, with running statistics that move in between."""
+    inputs = Inputs.of(5, 3, 4).to(path.device)
+    leaves = [t.clone().requires_grad_() for t in (inputs.x, inputs.weight, inputs.bias)]
+    running = [t.clone() for t in inputs.statistics()]
+    wanted, outputs = [], []
+    for training, scale in ((True, 1.0), (False, 2.0), (True, 3.0), (False, 4.0)):
+        now = Inputs(
+            inputs.x * scale, inputs.weight, inputs.bias, None, *(t.clone() for t in running), inputs.dy
+        )
+        wanted.append(results(now, training, activation=activation))
+        outputs.append(
+            batch_norm(
+                leaves[0] * scale, *running, *leaves[1:], training, activation=activation
+            )  # fmt: skip
+        )
+    for y, want, scale in zip(outputs, wanted, (1.0, 2.0, 3.0, 4.0), strict=True):
+        dx, dweight, dbias = torch.autograd.grad(y, leaves, inputs.dy)
+        assert torch.equal(dx, want["dx"] * scale)
+        assert torch.equal(dweight, want["dweight"])
+        assert torch.equal(dbias, want["dbias"])
+
+
+@MODES
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_the_gradient_of_y_may_have_any_layout(path: Path, activation: str | None, training: bool) -> None:
+    layouts = ("contiguous", "channels_last", "transposed", "cropped", "misaligned")
+    for residual, layout, other in product((False, True), ("contiguous", "channels_last"), layouts):
+        inputs = Inputs.of(3, 8, 4, 5, layout=layout, residual=residual)
+        inputs.dy = oracle.arrange(inputs.dy, other)
+        check(inputs.to(path.device), training, path, activation=activation)
+        frozen = Inputs.of(3, 8, 4, 5, layout=layout, residual=residual)
+        frozen.dy = oracle.arrange(frozen.dy, other)
+        frozen.weight = frozen.bias = None
+        check(frozen.to(path.device), training, path, activation=activation)
+
+
+@MODES
+def test_a_sum_can_be_differentiated(path: Path, training: bool) -> None:
+    """dy is then one value, expanded."""
+    inputs = Inputs.of(5, 3, 4, layout="channels_last").to(path.device)
+    inputs.dy = torch.ones_like(inputs.x)
+    got = results(inputs, training, activation="silu")
+    x = inputs.x.clone().requires_grad_()
+    statistics = [t.clone() for t in inputs.statistics()]
+    batch_norm(x, *statistics, inputs.weight, inputs.bias, training, activation="silu").sum().backward()
+    torch.testing.assert_close(x.grad, got["dx"], rtol=0, atol=1e-7)
+
+
+@MODES
+def test_nothing_is_recorded_where_no_gradient_is_wanted(path: Path, training: bool) -> None:
+    inputs = Inputs.of(5, 3, 4).to(path.device)
+    want = results(inputs, training, activation="relu")["y"]
+
+    def call(x: Tensor) -> Tensor:
+        statistics = [t.clone() for t in inputs.statistics()]
+        return batch_norm(x, *statistics, inputs.weight, inputs.bias, training, activation="relu")
+
+    assert not call(inputs.x).requires_grad
+    wanting = inputs.x.clone().requires_grad_()
+    with torch.no_grad():
+        y = call(wanting)
+    assert y.grad_fn is None
+    assert torch.equal(y, want)
+    with torch.inference_mode():
+        y = call(wanting)
+        assert y.is_inference()
+        assert torch.equal(y, want)
+    assert call(wanting).requires_grad
+
+
+@MODES
+@pytest.mark.parametrize("changed", ["x", "weight"])
+def test_a_value_kept_for_backward_and_changed_in_place_is_an_error(
+    path: Path, changed: str, training: bool
+) -> None:
+    inputs = Inputs.of(5, 3, 4).to(path.device)
+    leaves = {name: getattr(inputs, name).clone().requires_grad_() for name in ("x", "weight")}
+    tensors = {name: leaf * 1 for name, leaf in leaves.items()}
+    y = batch_norm(tensors["x"], *inputs.statistics(), tensors["weight"], None, training)
+    tensors[changed].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@MODES
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [((3,), None), ((1, 3, 1), None), ((2, 5, 3, 4), None), ((5, 3, 4), torch.float64), ((), None)],
+    ids=str,
+)
+def test_a_residual_is_added_as_pytorch_adds(
+    path: Path, shape: tuple[int, ...], dtype: torch.dtype | None, training: bool
+) -> None:
+    """Broadcast and promoted."""
+    inputs = Inputs.of(5, 3, 4).to(path.device)
+    if shape == (3,):
+        inputs = Inputs.of(5, 3, 3).to(path.device)
+    residual = randn(*shape, seed=9, dtype=dtype or torch.float32).to(path.device).requires_grad_()
+    arguments = (inputs.weight, inputs.bias, training)
+    plain = batch_norm(inputs.x, *(t.clone() for t in inputs.statistics()), *arguments)
+    want = F.relu(plain + residual)
+    got = batch_norm(
+        inputs.x, *inputs.statistics(), *arguments, residual=residual, activation="relu"
+    )
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want)
+    dy = randn(*want.shape, seed=10, dtype=want.dtype).to(path.device)
+    mine, theirs = (torch.autograd.grad(y, residual, dy)[0] for y in (got, want))
+    torch.testing.assert_close(mine, theirs)
+
+
+# Activations.
+
+
+@EACH_ACTIVATION
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_an_activation_is_pytorchs_at_every_special_point(
+    path: Path, activation: str | Activation, dtype: torch.dtype
+) -> None:
+    """Value and slope at kinks, in both tails, and where there is no number.
+
+    Evaluation by mean 0 and variance 1 without eps hands x to the activation as it is.
+    """
+    activation = Activation.of(activation)
+    points = [0.0, -0.0, 1e-30, -1e-30, 1e-6, -1e-6, 1e-3, -1e-3, 0.3, -0.3, 1.0, -1.0, 3.0, -3.0, 6.0, -6.0]
+    points += [2.999, -2.999, 3.001, -3.001, 10.0, -10.0, 20.0, -20.0, 20.5, 30.0, -30.0, 88.0, -88.0, 100.0]
+    points += [-100.0, 1e4, -1e4, 1e30, -1e30]
+    special = [math.nan, math.inf, -math.inf]
+    x = torch.tensor(points + special, dtype=dtype, device=path.device)[:, None]
+    statistics = torch.zeros(1, dtype=dtype, device=path.device), torch.ones(1, dtype=dtype, device=path.device)
+    for residual in (None, torch.zeros_like(x)):
+        leaf = x.clone().requires_grad_()
+        y = batch_norm(leaf, *statistics, eps=0.0, residual=residual, activation=activation)
+        (slope,) = torch.autograd.grad(y.sum(), leaf)
+        at = x.double().cpu()
+        want, want_slope = oracle.activate(at, activation), oracle.slope(at, activation)
+        n = len(points)
+        eps = torch.finfo(dtype).eps
+        tolerance = 4 * eps * (want.abs() + at.abs()) + torch.finfo(dtype).smallest_normal
+        assert ((y.detach().double().cpu() - want)[:n].abs() <= tolerance[:n]).all()
+        tolerance = 4 * eps * (1 + at.abs().clamp_max(100))
+        assert ((slope.double().cpu() - want_slope)[:n].abs() <= tolerance[:n]).all()
+        # PyTorch in the same dtype: mish(-inf), say, is NaN by its formula.
+        theirs, theirs_slope = oracle.activate(x, activation), oracle.slope(x, activation)
+        torch.testing.assert_close(y.detach()[n:], theirs[n:], equal_nan=True)
+        assert slope[n].isnan() or theirs_slope[n] == slope[n]
+
+
+@EACH_ACTIVATION
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradcheck(path: Path, activation: str | Activation, layout: str) -> None:
+    for residual, training in product((False, True), (True, False)):
+        inputs = Inputs.of(3, 2, 4, dtype=torch.float64, layout=layout, residual=residual).to(path.device)
+
+        def call(
+            x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, training: bool = training
+        ) -> Tensor:
+            statistics = [t.clone() for t in inputs.statistics()]
+            return batch_norm(
+                x, *statistics, weight, bias, training, residual=residual, activation=activation
+            )
+
+        leaves = [getattr(inputs, name) for name in LEAVES]
+        leaves = [leaf if leaf is None else leaf.requires_grad_() for leaf in leaves]
+        assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+
+
+# What is kept for backward.
+
+
+def kept(inputs: Inputs, training: bool, activation: str | None, needs: tuple[str, ...] = LEAVES) -> list[Tensor]:
+    """The tensors kept for backward that are not a channel's vectors, one for each storage."""
+    tensors: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.numel() > 2 * inputs.x.shape[1]:
+            tensors[tensor.data_ptr()] = tensor
+        return tensor
+
+    for name in LEAVES:
+        if getattr(inputs, name) is not None:
+            getattr(inputs, name).requires_grad_(name in needs)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        batch_norm(
+            inputs.x, *inputs.statistics(), inputs.weight, inputs.bias, training,
+            residual=inputs.residual, activation=activation,
+        )  # fmt: skip
+    return list(tensors.values())
+
+
+@MODES
+@pytest.mark.parametrize("activation", [None, *oracle.ACTIVATIONS])
+def test_without_a_residual_backward_keeps_x_alone(
+    path: Path, activation: str | None, training: bool
+) -> None:
+    inputs = Inputs.of(8, 4, 16, 16).to(path.device)
+    (only,) = kept(inputs, training, activation)
+    assert only.data_ptr() == inputs.x.data_ptr()
+
+
+@MODES
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
+def test_with_a_residual_and_two_slopes_backward_keeps_x_and_a_bit_a_value(
+    path: Path, activation: str, layout: str, training: bool
+) -> None:
+    inputs = Inputs.of(8, 16, 8, 8, layout=layout, residual=True).to(path.device)
+    x, bits = sorted(kept(inputs, training, activation), key=lambda t: -t.nbytes)
+    assert x.data_ptr() == inputs.x.data_ptr()
+    assert bits.nbytes == inputs.x.numel() // 8
+
+
+@MODES
+@pytest.mark.parametrize("activation", ["silu", "hardswish", "gelu", "elu", "mish", "sigmoid", "tanh"])
+def test_with_a_residual_and_another_activation_backward_keeps_x_and_the_residual_itself(
+    path: Path, activation: str, training: bool
+) -> None:
+    inputs = Inputs.of(8, 4, 16, 16, residual=True).to(path.device)
+    found = {t.data_ptr() for t in kept(inputs, training, activation)}
+    assert found == {inputs.x.data_ptr(), inputs.residual.data_ptr()}
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+def test_with_frozen_parameters_in_eval_backward_does_not_keep_x(path: Path, residual: bool) -> None:
+    inputs = Inputs.of(8, 16, 8, 8, residual=residual).to(path.device)
+    assert kept(inputs, False, None, needs=("x", "residual")) == []
+    (bits,) = kept(inputs, False, "relu", needs=("x", "residual"))
+    assert bits.nbytes == inputs.x.numel() // 8
+
+
+@MODES
+def test_nothing_is_kept_where_no_gradient_is_wanted(path: Path, training: bool) -> None:
+    inputs = Inputs.of(8, 16, 8, 8, residual=True).to(path.device)
+    assert kept(inputs, training, "relu", needs=()) == []
+
+
+# Errors.
+
+
+def statistics(channels: int = 3, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return torch.zeros(channels, dtype=dtype), torch.ones(channels, dtype=dtype)
+
+
+X = torch.arange(12.0).reshape(4, 3)
+TRAIN = {"training": True}
+#: name: arguments, keywords, error, and whether PyTorch's words are ours.
+ERRORS: dict[str, tuple[tuple[object, ...], dict[str, object], type[Exception], bool]] = {
+    "no dimension": ((torch.tensor(1.0), None, None), TRAIN, IndexError, False),
+    "one dimension": ((torch.ones(3), None, None), TRAIN, IndexError, True),
+    "one value a channel": ((torch.ones(1, 3), *statistics()), TRAIN, ValueError, True),
+    "one value in space": ((torch.ones(1, 3, 1, 1), *statistics()), TRAIN, ValueError, True),
+    "one value without channels": ((torch.ones(1, 0), None, None), TRAIN, ValueError, True),
+    "eps zero in training": ((X, *statistics()), {**TRAIN, "eps": 0.0}, ValueError, True),
+    "eps negative in training": ((X, *statistics()), {**TRAIN, "eps": -1e-5}, ValueError, True),
+    "eps negative in eval": ((X, *statistics()), {"eps": -1e-5}, ValueError, True),
+    "integer input": ((X.long(), None, None), TRAIN, NotImplementedError, True),
+    "boolean input": ((X.bool(), None, None), TRAIN, NotImplementedError, True),
+    "complex input": ((X.cfloat(), None, None), TRAIN, NotImplementedError, True),
+    "float8 input": ((X.to(torch.float8_e4m3fn), None, None), TRAIN, NotImplementedError, True),
+    "integer input in eval": ((X.int(), *statistics()), {}, NotImplementedError, True),
+    "eval without statistics": ((X, None, None), {}, RuntimeError, True),
+    "eval without mean": ((X, None, statistics()[1]), {}, RuntimeError, True),
+    "eval without variance": ((X, statistics()[0], None), {}, RuntimeError, True),
+    "training without mean": ((X, None, statistics()[1]), TRAIN, ValueError, True),
+    "training without variance": ((X, statistics()[0], None), TRAIN, ValueError, True),
+    "mean too short": ((X, statistics(2)[0], statistics()[1]), TRAIN, RuntimeError, True),
+    "variance too long": ((X, statistics()[0], statistics(4)[1]), TRAIN, RuntimeError, True),
+    "mean too short in eval": ((X, statistics(2)[0], statistics()[1]), {}, RuntimeError, True),
+    "weight too short": ((X, *statistics(), torch.ones(2)), TRAIN, RuntimeError, True),
+    "weight of one value": ((X, *statistics(), torch.ones(1)), TRAIN, RuntimeError, True),
+    "bias too long": ((X, *statistics(), None, torch.ones(4)), TRAIN, RuntimeError, True),
+    "weight in float64": ((X, *statistics(), torch.ones(3).double()), TRAIN, RuntimeError, False),
+    "weight in float16": ((X, *statistics(), torch.ones(3).half()), TRAIN, RuntimeError, False),
+    "weight of integers": ((X, *statistics(), torch.ones(3).long()), TRAIN, RuntimeError, False),
+    "bias in float64": ((X, *statistics(), torch.ones(3), torch.ones(3).double()), TRAIN, RuntimeError, False),
+    "statistics in float64": ((X, *statistics(dtype=torch.float64)), TRAIN, RuntimeError, False),
+    "variance in float64": ((X, statistics()[0], statistics()[1].double()), TRAIN, RuntimeError, False),
+    "statistics of integers": ((X, *statistics(dtype=torch.int64)), TRAIN, RuntimeError, False),
+    "float64 beside float32": ((X.double(), *statistics()), TRAIN, RuntimeError, False),
+    "float16 beside bfloat16": ((X.half(), None, None, torch.ones(3).bfloat16()), TRAIN, RuntimeError, False),
+    "float16 beside both": (
+        (X.half(), None, None, torch.ones(3).half(), torch.ones(3)), TRAIN, RuntimeError, False,
+    ),
+    "float16 beside float32 statistics and float16 weight": (
+        (X.half(), *statistics(), torch.ones(3).half()), TRAIN, RuntimeError, False,
+    ),
+    "matrices as statistics": ((X, torch.zeros(3, 1), torch.ones(3, 1)), TRAIN, RuntimeError, False),
+    "weight elsewhere": ((X, *statistics(), torch.ones(3, device="meta")), TRAIN, RuntimeError, False),
+    "statistics elsewhere": (
+        (X, *(t.to("meta") for t in statistics())), TRAIN, RuntimeError, False,
+    ),
+    "mean that wants a gradient": (
+        (X, torch.zeros(3, requires_grad=True), torch.ones(3)), TRAIN, RuntimeError, False,
+    ),
+    "variance that wants a gradient": (
+        (X, torch.zeros(3), torch.ones(3, requires_grad=True)), {}, RuntimeError, False,
+    ),
+    "momentum None": ((X, *statistics()), {**TRAIN, "momentum": None}, TypeError, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_input_raises_what_pytorch_raises_and_changes_nothing(path: Path, name: str) -> None:
+    arguments, keywords, error, same_words = ERRORS[name]
+    moved = [
+        a.detach().to(path.device).requires_grad_(a.requires_grad)
+        if isinstance(a, Tensor) and a.device.type != "meta"
+        else a
+        for a in arguments
+    ]
+    before = [a.detach().clone() if isinstance(a, Tensor) else a for a in moved]
+    with pytest.raises(error) as ours:
+        batch_norm(*moved, **keywords)
+    for now, then in zip(moved, before, strict=True):
+        assert not isinstance(now, Tensor) or now.is_meta or torch.equal(now.detach(), then)
+    assert not path.launches
+    # PyTorch itself may have written to the running statistics by the time it notices.
+    theirs = [a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in arguments]
+    with pytest.raises(error) as expected:
+        F.batch_norm(*theirs, **keywords)
+    assert type(ours.value) is type(expected.value)
+    if same_words:
+        assert str(ours.value) == str(expected.value)
+
+
+@pytest.mark.parametrize(
+    ("residual", "error"),
+    [(torch.ones(5, 3), RuntimeError), (torch.ones(4, 3, device="meta"), RuntimeError)],
+    ids=["shape", "device"],
+)
+def test_a_residual_that_cannot_be_added_is_an_error_before_anything_changes(
+    path: Path, residual: Tensor, error: type[Exception]
+) -> None:
+    mean, var = (t.to(path.device) for t in statistics())
+    if not residual.is_meta:
+        residual = residual.to(path.device)
+    with pytest.raises(error):
+        batch_norm(X.to(path.device), mean, var, training=True, residual=residual)
+    assert (mean == 0).all()
+    assert (var == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("activation", "words"),
+    [
+        ("swish", "'relu', 'relu6', 'leaky_relu', 'silu', .* but got 'swish'"),
+        ("ReLU", "'relu', 'relu6', .* but got 'ReLU'"),
+        ("", "'relu', .* but got ''"),
+        (3, "but got 3"),
+        (torch.nn.ReLU(), "but got ReLU"),
+        (F.relu, "but got <function relu"),
+    ],
+    ids=str,
+)
+def test_an_activation_that_is_not_known_is_an_error(path: Path, activation: object, words: str) -> None:
+    mean, var = (t.to(path.device) for t in statistics())
+    with pytest.raises(ValueError, match=words):
+        batch_norm(X.to(path.device), mean, var, training=True, activation=activation)
+    assert (mean == 0).all()

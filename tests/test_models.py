@@ -1,0 +1,242 @@
+"""``convert`` on architectures whose code is not ours: torchvision, timm, transformers."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from triton_bn import BatchNorm2d, ops
+from triton_bn.convert import conversion_report, convert, revert
+
+pytestmark = pytest.mark.models
+
+#: What torchvision registers an implementation for as it is imported. Its compiled operators load
+#: only beside the very build of torch they were compiled for.
+OPERATORS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+LIBRARIES: list[torch.library.Library] = []  # an operator lives as long as the library that has it
+
+
+def package(name: str) -> Any:
+    """A package, or a skip."""
+    pytest.importorskip(name.partition(".")[0], exc_type=ImportError)
+    return importlib.import_module(name)
+
+
+def torchvision() -> Any:
+    if "torchvision" not in sys.modules:
+        try:
+            importlib.import_module("torchvision")
+        except ImportError:
+            pytest.skip("torchvision is not installed")
+        except RuntimeError:  # operator torchvision::nms does not exist
+            for module in [name for name in sys.modules if name.startswith("torchvision")]:
+                del sys.modules[module]
+            LIBRARIES.append(torch.library.Library("torchvision", "FRAGMENT"))
+            for schema in OPERATORS:
+                LIBRARIES[0].define(schema)
+    return importlib.import_module("torchvision")
+
+
+def of_torchvision(name: str) -> Callable[[], nn.Module]:
+    return lambda: getattr(torchvision().models, name)(num_classes=10)
+
+
+def of_timm(name: str, **options: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        torchvision()  # which timm imports
+        return package("timm").create_model(name, num_classes=10, **options)
+
+    return make
+
+
+class Logits(nn.Module):
+    """Of a model of transformers, the pooled output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).pooler_output
+
+
+def of_transformers(layer: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        torchvision()  # which transformers imports where it is there
+        transformers = package("transformers")
+        config = transformers.ResNetConfig(
+            embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2], layer_type=layer
+        )
+        return Logits(transformers.ResNetModel(config))
+
+    return make
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    make: Callable[[], nn.Module]
+    #: How many layers take up what.
+    fused: dict[str, int]
+    #: In how many modules forward is rewritten.
+    rewritten: int
+
+
+RESNET18 = {"relu": 9, "add + relu": 8, "": 3}
+MOBILENET = {"hardswish": 18, "relu": 5, "add": 6, "": 5}
+CASES = [
+    Case("torchvision resnet18", of_torchvision("resnet18"), RESNET18, 8),
+    Case(
+        "torchvision resnet50",
+        of_torchvision("resnet50"),
+        {"relu": 33, "add + relu": 16, "": 4},
+        16,
+    ),
+    Case(
+        "torchvision mobilenet_v2",
+        of_torchvision("mobilenet_v2"),
+        {"relu6": 35, "add": 10, "": 7},
+        20,
+    ),
+    Case("torchvision mobilenet_v3_small", of_torchvision("mobilenet_v3_small"), MOBILENET, 18),
+    Case("torchvision densenet121", of_torchvision("densenet121"), {"relu": 121}, 1),
+    # Its adds are behind stochastic depth.
+    Case("torchvision efficientnet_b0", of_torchvision("efficientnet_b0"), {"silu": 33, "": 16}, 0),
+    Case(
+        "torchvision regnet_y_400mf",
+        of_torchvision("regnet_y_400mf"),
+        {"relu": 33, "add + relu": 16, "": 4},
+        48,
+    ),
+    Case(
+        "torchvision shufflenet_v2_x0_5",
+        of_torchvision("shufflenet_v2_x0_5"),
+        {"relu": 37, "": 19},
+        0,
+    ),
+    Case("timm resnet18", of_timm("resnet18"), RESNET18, 8),
+    Case("timm resnet26d", of_timm("resnet26d"), {"relu": 19, "add + relu": 8, "": 4}, 8),
+    Case("timm efficientnet_b0", of_timm("efficientnet_b0"), {"silu": 33, "add": 9, "": 7}, 9),
+    Case(
+        "timm efficientnet_b0 with drop path",
+        of_timm("efficientnet_b0", drop_path_rate=0.2),
+        {"silu": 33, "": 16},
+        0,
+    ),
+    Case(
+        "timm mobilenetv3_small_050",
+        of_timm("mobilenetv3_small_050"),
+        {"hardswish": 18, "relu": 5, "add": 7, "": 4},
+        7,
+    ),
+    Case("timm densenet121", of_timm("densenet121"), {"relu": 121}, 0),
+    Case(
+        "transformers ResNet, basic",
+        of_transformers("basic"),
+        {"relu": 5, "add + relu": 4, "": 2},
+        10,
+    ),
+    Case(
+        "transformers ResNet, bottleneck",
+        of_transformers("bottleneck"),
+        {"relu": 9, "add + relu": 4, "": 2},
+        10,
+    ),
+]
+
+
+def observe(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
+    """Output, gradients and buffers of a step in training, and of one in evaluation after it."""
+    found: dict[str, Tensor] = {}
+    for mode in (True, False):
+        model.train(mode)
+        model.zero_grad()
+        x = image.clone().requires_grad_()
+        torch.manual_seed(1)  # dropout and stochastic depth
+        output = model(x)
+        weights = torch.linspace(-1, 1, output.numel(), dtype=x.dtype).view_as(output)
+        (output * weights).sum().backward()
+        found[f"output {mode}"], found[f"gradient of input {mode}"] = output.detach(), x.grad
+        for name, parameter in model.named_parameters():
+            found[f"gradient of {name} {mode}"] = parameter.grad.clone()
+        for name, buffer in model.named_buffers():
+            found[f"buffer {name} {mode}"] = buffer.clone()
+    return found
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """In float64, up to roundings that the network amplifies less than 1e5 times."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        error = (actual[name] - tensor).abs().max().item()
+        allowed = 1e5 * torch.finfo(torch.float64).eps * max(tensor.abs().max().item(), 1.0)
+        assert error <= allowed, f"{name}: {error:g} of {allowed:g}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_converted_model_computes_what_it_did(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "use_kernels", lambda x: x.is_cuda)  # the kernels have their own tests
+    torch.manual_seed(0)
+    model = case.make().double()
+    for layer in model.modules():  # a 0 or 1, as after initialization, would hide mistakes
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                getattr(layer, name).data.uniform_(0.5, 1.5)
+    original, fresh = copy.deepcopy(model), case.make().double()
+    assert convert(model) is model
+    report = conversion_report(model)
+    assert Counter(row.fused for row in report.rows) == case.fused
+    assert len(report.rewritten) == case.rewritten
+    assert not report.left
+
+    assert type(model) is type(original) or case.name == "torchvision densenet121"
+    assert [n for n, _ in model.named_modules()] == [n for n, _ in original.named_modules()]
+    fresh.load_state_dict(model.state_dict())
+    convert(fresh).load_state_dict(original.state_dict())
+
+    image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    original.eval(), fresh.eval()
+    with torch.no_grad():
+        assert_same({"output": fresh(image)}, {"output": original(image)})
+    assert_same(observe(model, image), observe(original, image))
+
+    revert(model)
+    for module, before in zip(model.modules(), original.modules(), strict=True):
+        assert type(module) is type(before)
+        assert vars(module).keys() == vars(before).keys()
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("act", ["relu", "prelu", None])
+@pytest.mark.parametrize("drop", [None, nn.Dropout])
+def test_timms_layer_is_ours_with_whatever_stands_behind_it(
+    fuse: bool, act: str | None, drop: Any
+) -> None:
+    torchvision()
+    layer = package("timm.layers").BatchNormAct2d(
+        3, apply_act=act is not None, act_layer=act or "relu", drop_layer=drop
+    )
+    original = layer.double()
+    model: Any = convert(copy.deepcopy(original), fuse=fuse)
+    assert isinstance(model, BatchNorm2d)
+    assert isinstance(model, type(original))
+    folds = fuse and act == "relu" and drop is None
+    assert [row.fused for row in conversion_report(model).rows] == ["relu" if folds else ""]
+    image = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    assert_same(observe(model, image), observe(original, image))
+    assert type(revert(model)) is type(original)
+    assert repr(model) == repr(original)

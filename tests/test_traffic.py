@@ -1,0 +1,223 @@
+"""Passes over memory as facts: the values that each kernel loads and stores, counted one by one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import oracle
+import pytest
+import torch
+from torch import Tensor
+from traffic import Bytes, Traffic, metered
+
+from triton_bn import launch, ops
+from triton_bn.functional import batch_norm
+from triton_bn.plan import DEVICES, Device, Plan, candidates, heuristic, tile_channels
+from triton_bn.problem import Problem, canonical
+
+pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="counts in the interpreter")
+
+#: A GPU as much smaller as the tensors here are, so that every driver is a candidate.
+SMALL = replace(DEVICES["H100"], processors=1, cache=1 << 10)
+
+#: The tensors of the input's size.
+WHOLE = ("x", "y", "dy", "dx", "residual", "dresidual")
+
+#: Shape and layout: ragged rows and columns, S = 1, one channel in many blocks, many in one.
+INPUTS = [
+    ((6, 8, 7, 7), "contiguous"),
+    ((5, 3, 50), "contiguous"),
+    ((3, 3, 23, 29), "contiguous"),
+    ((37, 5), "contiguous"),
+    ((4, 24, 9, 5), "channels_last"),
+    ((4, 6, 5, 5), "sliced_channels"),
+]
+
+
+def plans(problem: Problem) -> list[Plan]:
+    """Two plans of each driver, as unlike as the candidates are; streamed in windows of two blocks."""
+    by_driver: dict[str, list[Plan]] = {}
+    for plan in candidates(problem, SMALL):
+        if plan.driver == "streamed":
+            plan = replace(plan, window=2, programs=3)
+        by_driver.setdefault(plan.driver, []).append(plan)
+    return [plan for found in by_driver.values() for plan in dict.fromkeys((found[0], found[-1]))]
+
+
+def launched(
+    x: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    choice: int,
+    *,
+    training: bool = True,
+    residual: bool = False,
+    activation: str | None = None,
+    device: Device = SMALL,
+) -> dict[str, tuple[Plan, list[Traffic]]]:
+    """Runs forward and backward under one of the :func:`plans`: plan and launches by direction."""
+    chosen: dict[str, Plan] = {}
+
+    def resolve(problem: Problem, _: Tensor) -> Plan:
+        found = plans(problem) if device is SMALL else [heuristic(problem, device)]
+        chosen[problem.direction] = found[choice % len(found)]
+        return chosen[problem.direction]
+
+    monkeypatch.setattr(ops, "_resolve", resolve)
+    channels = x.shape[1]
+    weight, bias = (
+        torch.ones(channels, requires_grad=True),
+        torch.zeros(channels, requires_grad=True),
+    )
+    running = torch.zeros(channels), torch.ones(channels)
+    added = torch.ones_like(x, requires_grad=True) if residual else None
+    with metered() as launches:
+        y = batch_norm(
+            x.requires_grad_(),
+            *running,
+            weight,
+            bias,
+            training,
+            residual=added,
+            activation=activation,
+        )
+        forward = list(launches)
+        y.backward(torch.ones_like(y))
+    return {
+        "forward": (chosen["forward"], forward),
+        "backward": (chosen["backward"], launches[len(forward) :]),
+    }
+
+
+READS = {"resident": 1, "split": 2, "streamed": 2}
+
+
+def assert_passes(x: Tensor, plan: Plan, launches: list[Traffic], expected: dict[str, int]) -> None:
+    """How often each tensor of the input's size is read or written, over all launches.
+
+    A launch that touches one touches all of it. Beyond whole passes, a program may read two values
+    a channel again (its first, to which the moments are relative).
+    """
+    outer, channels, inner = canonical(tuple(x.shape), x.stride())[0]  # type: ignore[index]
+    size = x.numel() * x.element_size()
+    found: dict[str, int] = {}
+    for launch_ in launches:
+        tile = plan.transform if plan.reduce is None or launch_ is launches[-1] else plan.reduce
+        items = -(-channels * inner // tile.columns) * tile.splits
+        if plan.driver == "resident":
+            items = launch_.programs
+        again = 2 * min(tile_channels(tile.columns, inner), channels) * items * x.element_size()
+        for name, moved in [*launch_.loads.items(), *launch_.stores.items()]:
+            if name in WHOLE:
+                assert moved.distinct == size, (launch_.kernel, name)
+                count, rest = divmod(moved.total, size)
+                assert rest <= (again if name == "x" else 0), (launch_.kernel, name, rest, size)
+                found[name] = found.get(name, 0) + count
+    assert found == expected
+    assert len(launches) == (2 if plan.driver == "split" and plan.reduce else 1)
+
+
+def packed_size(x: Tensor) -> int:
+    """Bytes of one bit a value, each row of the canonical block padded to whole bytes."""
+    outer, channels, inner = canonical(tuple(x.shape), x.stride())[0]  # type: ignore[index]
+    return outer * -(-channels * inner // 8)
+
+
+@pytest.mark.parametrize("choice", range(6))
+@pytest.mark.parametrize(("shape", "layout"), INPUTS)
+def test_passes_of_every_driver(
+    shape: tuple[int, ...], layout: str, choice: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resident: 2 forward, 3 backward. Split: 3 and 5. Streamed asks for as much, in one launch."""
+    x = oracle.arrange(torch.randn(shape), layout)
+    found = launched(x, monkeypatch, choice)
+    plan, forward = found["forward"]
+    assert_passes(x, plan, forward, {"x": READS[plan.driver], "y": 1})
+    plan, backward = found["backward"]
+    reads = READS[plan.driver]
+    assert_passes(x, plan, backward, {"x": reads, "dy": reads, "dx": 1})
+
+
+@pytest.mark.parametrize("choice", range(6))
+@pytest.mark.parametrize(("shape", "layout"), [INPUTS[0], INPUTS[2], INPUTS[4]])
+def test_a_residual_costs_one_read_and_relu_one_bit_a_value(
+    shape: tuple[int, ...], layout: str, choice: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = oracle.arrange(torch.randn(shape), layout)
+    found = launched(x, monkeypatch, choice, residual=True, activation="relu")
+    plan, forward = found["forward"]
+    assert_passes(x, plan, forward, {"x": READS[plan.driver], "y": 1, "residual": 1})
+    bits = packed_size(x)
+    assert forward[-1].stores["bits"] == Bytes(bits, bits)
+    plan, backward = found["backward"]
+    reads = READS[plan.driver]
+    assert_passes(x, plan, backward, {"x": reads, "dy": reads, "dx": 1, "dresidual": 1})
+    assert sum(launch_.loads["bits"].total for launch_ in backward) == reads * bits
+
+
+@pytest.mark.parametrize(("shape", "layout"), [INPUTS[0], INPUTS[4]])
+def test_an_activation_alone_adds_nothing(
+    shape: tuple[int, ...], layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = oracle.arrange(torch.randn(shape), layout)
+    found = launched(x, monkeypatch, 2, activation="silu")
+    plan, forward = found["forward"]
+    assert_passes(x, plan, forward, {"x": READS[plan.driver], "y": 1})
+    plan, backward = found["backward"]
+    reads = READS[plan.driver]
+    assert_passes(x, plan, backward, {"x": reads, "dy": reads, "dx": 1})
+
+
+def test_evaluation_reads_once_and_writes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(5, 3, 50)
+    plan, forward = launched(x, monkeypatch, 0, training=False)["forward"]
+    assert_passes(x, plan, forward, {"x": 1, "y": 1})
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"), [((32, 64, 14, 14), "channels_last"), ((8, 64, 56, 56), "contiguous")]
+)
+def test_all_else_is_little_beside_the_input(
+    shape: tuple[int, ...], layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Partials, statistics and parameters: at most a tenth of the input from memory."""
+    x = oracle.arrange(torch.randn(shape).bfloat16(), layout)
+    found = launched(x, monkeypatch, 0, device=replace(DEVICES["H100"], cache=1 << 60))
+    size = x.numel() * x.element_size()
+    for plan, launches in found.values():
+        for launch_ in launches:
+            for moved in (launch_.loads, launch_.stores):
+                other = {n: b for n, b in moved.items() if n not in WHOLE}
+                print(
+                    plan,
+                    launch_.kernel,
+                    {n: (b.distinct / size, b.total / size) for n, b in other.items()},
+                )
+                assert sum(b.distinct for b in other.values()) <= size / 10, (plan, launch_.kernel)
+
+
+def test_the_meter_counts_every_value_once_and_none_that_is_masked_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A kernel that reads a row twice, and another with half of its lanes masked."""
+    x = torch.arange(16.0)
+
+    class Kernel:
+        __name__ = "kernel"
+        arg_names = ("p_x",)
+
+    def run(kernel: object, programs: int, arguments: tuple[Tensor], constants: object) -> None:
+        import numpy as np
+        import triton.language as tl
+        from triton.runtime.interpreter import TensorHandle, interpreter_builder
+
+        lanes = np.arange(8, dtype=np.uint64) * 4 + arguments[0].data_ptr()
+        pointers = TensorHandle(lanes, tl.pointer_type(tl.float32))
+        mask = TensorHandle(np.arange(8) < 4, tl.int1)
+        interpreter_builder.create_masked_load(pointers, mask, None, None, False)
+        interpreter_builder.create_masked_load(pointers, mask, None, None, False)
+
+    monkeypatch.setattr(launch, "run", run)
+    with metered() as launches:
+        launch.run(Kernel(), 1, (x,), {})  # type: ignore[arg-type]
+    assert launches[0].loads == {"x": Bytes(32, 16)}
+    assert launches[0].stores == {}

@@ -1,0 +1,171 @@
+"""A whole visit to a GPU in under ten minutes: ``python -m perf.visit``, or ``make gpu``.
+
+Tests on compiled kernels, tests that need a GPU, a search of the telling plans, the benchmark, the
+plots, and the targets beside what was measured, printed last. Each stage is a process with a time
+limit of its own; one that fails or is stopped costs no other stage its results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from perf.__main__ import RESULTS
+from triton_bn import cache
+from triton_bn.plan import Device
+from triton_bn.tune import WITHOUT_GPU
+
+__all__ = ["FILES", "Outcome", "Stage", "main", "perform"]
+
+ROOT = Path(__file__).parent.parent
+
+#: What a visit leaves behind, and copies to ``--output``.
+FILES = (
+    "visit.md", "bench.csv", "bench.json", "plans.json",
+    "bandwidth.png", "speedup.png", "scaling.png", "landscape.png",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command, which gets ``share`` of the time that is left when it starts, in whole seconds."""
+
+    name: str
+    command: Callable[[int], list[str]]
+    share: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    name: str
+    result: str
+    seconds: float
+    tail: str
+
+
+def stages(results: Path) -> tuple[Stage, ...]:
+    def pytest(*arguments: str) -> list[str]:
+        workers = ["-n", str(min(os.cpu_count() or 1, 6))]
+        return [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--no-header",
+            "-p",
+            "no:cacheprovider",
+            *workers,
+            *arguments,
+        ]
+
+    def perf(command: str, seconds: int) -> list[str]:
+        # A command stops by itself before it would be stopped.
+        budget = ["--budget", str(int(0.85 * seconds))] if command in ("run", "search") else []
+        return [sys.executable, "-m", "perf", command, "--results", str(results), *budget]
+
+    return (
+        Stage(
+            "tests", lambda _: pytest("-m", "not gpu and not dist and not models", "tests"), 0.25
+        ),
+        Stage("gpu tests", lambda _: pytest("-m", "gpu and not dist and not models", "tests"), 0.2),
+        Stage("search", lambda seconds: perf("search", seconds), 0.25),
+        Stage("benchmark", lambda seconds: perf("run", seconds), 0.9),
+        Stage("plots", lambda _: perf("plots", 0), 0.9),
+    )
+
+
+def perform(
+    plan: Sequence[Stage], seconds: float, now: Callable[[], float] = time.monotonic
+) -> Iterator[Outcome]:
+    """Runs the stages one after the other, within ``seconds`` together."""
+    deadline = now() + seconds
+    for stage in plan:
+        limit = int(stage.share * (deadline - now()))
+        print(f"== {stage.name} (at most {limit} s)", flush=True)
+        begin = now()
+        result, output = _run(stage.command(limit), limit)
+        yield Outcome(
+            stage.name, result, now() - begin, "\n".join(output.strip().splitlines()[-30:])
+        )
+
+
+def _run(command: list[str], limit: int) -> tuple[str, str]:
+    """The result and the output of a command; it and all its children end at its limit."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        errors="replace", start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=max(limit, 1))
+        result = "done" if process.returncode == 0 else f"exit code {process.returncode}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        result = "stopped at its limit"
+    return result, output
+
+
+def report(title: str, outcomes: Sequence[Outcome], table: str) -> str:
+    """The page that a visit leaves behind."""
+    lines = [f"# {title}", "", "| stage | result | seconds |", "| --- | --- | --- |"]
+    lines += [f"| {o.name} | {o.result} | {o.seconds:.0f} |" for o in outcomes]
+    lines += ["", table]
+    for outcome in outcomes:
+        lines += ["", f"## {outcome.name}", "", "```", outcome.tail, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 when every stage was done, 1 when one was not, 2 without a GPU."""
+    parser = argparse.ArgumentParser("python -m perf.visit", description=__doc__)
+    parser.add_argument(
+        "--seconds", type=float, default=570.0, help="for everything together (default: 570)"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="a folder to copy the results to, after every stage"
+    )
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print(f"a visit needs a GPU that PyTorch sees. {WITHOUT_GPU}", file=sys.stderr)
+        return 2
+    from perf.plots import load
+    from perf.summary import table
+
+    device = Device.current(torch.device("cuda", torch.cuda.current_device()))
+    folder = RESULTS / cache.slug(device.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    title = f"{device.name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d', time.gmtime())}"
+    outcomes: list[Outcome] = []
+    for outcome in perform(stages(RESULTS), args.seconds):
+        outcomes.append(outcome)
+        print(
+            f"{outcome.tail}\n-- {outcome.name}: {outcome.result} after {outcome.seconds:.0f} s",
+            flush=True,
+        )
+        rows, _ = load(folder)
+        targets = "Nothing was measured." if rows.empty else table(rows)
+        (folder / "visit.md").write_text(report(title, outcomes, targets), encoding="utf-8")
+        if args.output is not None:
+            args.output.mkdir(parents=True, exist_ok=True)
+            for name in FILES:
+                if (folder / name).exists():
+                    shutil.copy2(folder / name, args.output / name)
+    print(f"\n{title}: results in {folder}")
+    for outcome in outcomes:
+        print(f"  {outcome.name:10} {outcome.result} ({outcome.seconds:.0f} s)")
+    print(targets)
+    return int(any(outcome.result != "done" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,7 +26,7 @@ endif
 # One thread a process: the tests run side by side, and their tensors are small.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 
-.PHONY: demo test lint notebooks test-models gpu clean
+.PHONY: demo test lint notebooks test-models gpu plots clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -50,6 +50,10 @@ test-models: $(VENV_MODELS)/.ready
 # The whole suite and every measurement, on the GPU of this machine.
 gpu: $(READY)
 	$(PY) -m perf.visit
+
+# Draws what was measured (perf/results) again.
+plots: $(READY)
+	$(PY) -m perf plots
 
 clean:
 	rm -rf .venv .venv-models build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis triton_bn_demo.png

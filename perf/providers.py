@@ -173,11 +173,11 @@ def flag_gems(layer: Any, case: Case, x: Tensor) -> Norm:
         @staticmethod
         def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             running = layer.running_mean, layer.running_var
-            y, *stats = gems.batch_norm(
-                x, weight, bias, *running, layer.training, layer.momentum, layer.eps
-            )
+            options = layer.training, layer.momentum, layer.eps
+            y, *stats = gems.batch_norm(x, weight, bias, *running, *options)
             ctx.save_for_backward(x, weight, *stats)
-            return y  # type: ignore[no-any-return]
+            result: Tensor = y
+            return result
 
         @staticmethod
         def backward(ctx: Any, dy: Tensor) -> Any:

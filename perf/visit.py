@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,10 @@ FILES = (
 )  # fmt: skip
 
 
+#: Seconds for a stage to end by itself when it is asked to.
+PATIENCE = 5.0
+
+
 @dataclass(frozen=True)
 class Stage:
     """A command, which gets ``share`` of the time that is left when it starts, in whole seconds."""
@@ -54,19 +59,9 @@ class Outcome:
 
 
 def stages(results: Path) -> tuple[Stage, ...]:
-    def pytest(*arguments: str) -> list[str]:
-        workers = ["-n", str(min(os.cpu_count() or 1, 6))]
-        return [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "--no-header",
-            "-p",
-            "no:cacheprovider",
-            *workers,
-            *arguments,
-        ]
+    def pytest(marked: str) -> list[str]:
+        options = ["-q", "--no-header", "-n", str(min(os.cpu_count() or 1, 8)), "-m", marked]
+        return [sys.executable, "-m", "pytest", *options, "tests"]
 
     def perf(command: str, seconds: int) -> list[str]:
         # A command stops by itself before it would be stopped.
@@ -74,11 +69,9 @@ def stages(results: Path) -> tuple[Stage, ...]:
         return [sys.executable, "-m", "perf", command, "--results", str(results), *budget]
 
     return (
-        Stage(
-            "tests", lambda _: pytest("-m", "not gpu and not dist and not models", "tests"), 0.25
-        ),
-        Stage("gpu tests", lambda _: pytest("-m", "gpu and not dist and not models", "tests"), 0.2),
-        Stage("search", lambda seconds: perf("search", seconds), 0.25),
+        Stage("tests", lambda _: pytest("not gpu and not dist and not models"), 0.2),
+        Stage("gpu tests", lambda _: pytest("gpu and not dist and not models"), 0.12),
+        Stage("search", lambda seconds: perf("search", seconds), 0.2),
         Stage("benchmark", lambda seconds: perf("run", seconds), 0.9),
         Stage("plots", lambda _: perf("plots", 0), 0.9),
     )
@@ -107,12 +100,15 @@ def _run(command: list[str], limit: int) -> tuple[str, str]:
     )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=max(limit, 1))
-        result = "done" if process.returncode == 0 else f"exit code {process.returncode}"
+        return "done" if process.returncode == 0 else f"exit code {process.returncode}", output
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        result = "stopped at its limit"
-    return result, output
+        pass
+    for number in (signal.SIGINT, signal.SIGKILL):  # asked first, so that pytest sums up
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, number)
+            output, _ = process.communicate(timeout=PATIENCE)
+            return "stopped at its limit", output
+    return "could not be stopped", ""
 
 
 def report(title: str, outcomes: Sequence[Outcome], table: str) -> str:

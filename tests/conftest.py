@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 import hypothesis
 import pytest
@@ -12,6 +13,9 @@ import torch
 # TRITON_INTERPRET=0 in the environment tests the plain-torch reference instead.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# No test reads or writes the tuned plans of whoever runs it.
+os.environ["TRITON_BN_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton_bn_tests_")
 
 torch.set_num_threads(1)
 

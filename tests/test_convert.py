@@ -756,6 +756,11 @@ class Shortcut(nn.Module):
         return self.norm(self.conv(x))
 
 
+class Scaled(Shortcut):
+    def forward(self, x: Tensor, residual: float = 2.0) -> Tensor:
+        return self.norm(self.conv(x * residual))
+
+
 class Nested(nn.Module):
     """The two ends of the add are in modules of their own, as in transformers' ResNet."""
 
@@ -781,6 +786,15 @@ def test_a_residual_is_passed_through_modules(plain: bool) -> None:
     assert sorted(fused(model)) == (["", "add + relu"] if plain else ["", "", "add + relu"])
     assert_same(original, model, images())
     assert_same(original, pickle.loads(pickle.dumps(model)), images())
+
+
+def test_a_module_with_another_residual_gets_none() -> None:
+    model: Any = Nested(plain=True)
+    model.layer[1] = Scaled()
+    original = copy.deepcopy(randomize(model))
+    convert(model)
+    assert fused(model) == ["", ""]
+    assert_same(original, model, images())
 
 
 class Tapped(nn.Module):
@@ -917,6 +931,21 @@ def test_revert_restores_every_object() -> None:
         assert all(module._modules[key] is child for key, child in children.items())
     with pytest.raises(ValueError, match="not converted"):
         conversion_report(model)
+
+
+def test_the_mode_goes_along() -> None:
+    model = net().eval()
+    for change in (convert, nn.Module.train, revert):
+        change(model)
+        assert {module.training for module in model.modules()} == {change is not convert}
+
+
+def test_a_layer_with_a_forward_of_its_own_is_left() -> None:
+    model: Any = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+    model[0].forward = lambda x: x * 2
+    convert(model)
+    assert conversion_report(model).left[0].note == "its forward was replaced on the instance"
+    assert torch.equal(model(-torch.ones(1, 3, 1, 1)), torch.zeros(1, 3, 1, 1))
 
 
 def test_revert_makes_layers_stock_that_were_built_as_ours() -> None:

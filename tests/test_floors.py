@@ -11,15 +11,15 @@ PACKAGE = Path(__file__).parent.parent / "triton_bn"
 
 FLOORS = {
     0: ["problem", "cache", "sync", "rewrite", "binary", "arguments", "version", "kernels"],
-    1: ["reference", "oracle", "plan"],
+    1: ["reference", "oracle", "plan", "fuse"],
     2: ["launch", "results"],
     3: ["tune", "report"],
     4: ["ops"],
     5: ["functional"],
     6: ["modules"],
-    7: ["fuse", "lockstep"],
+    7: ["lockstep"],
     8: ["convert", "digits", "picture"],
-    9: ["demo", "check", "info", "explain", "tune_command", "bench"],
+    9: ["demo", "check", "info", "explain", "tune_command", "bench", "ddp_demo"],
     10: ["__main__", "__init__"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -301,71 +301,65 @@ def test_the_oracle_agrees_with_pytorch(device: torch.device) -> None:
 # Numbers.
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("ratio", [1e2, 1e3, 1e4])
 @EACH_DRIVER
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("ratio", [1e2, 1e4])
 def test_a_mean_far_from_zero_costs_the_variance_nothing(
     path: Path, driver: str, ratio: float, layout: str
 ) -> None:
     path.driver = driver
-    for shape in ((2, 3, 4), (48, 3, 7, 7)):
+    for shape in ((2, 3, 4), (40, 3, 5, 5)):
         inputs = Inputs.of(*shape)
         inputs.x = oracle.arrange(randn(*shape, dtype=torch.float64).add(ratio).float(), layout)
         check(inputs.to(path.device), True, path, momentum=1.0)
 
 
 @EACH_DRIVER
-@pytest.mark.parametrize("first", [0.0, -1e4, 3e4])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_an_outlying_first_value_does_not_spoil_the_variance(
-    path: Path, driver: str, first: float, layout: str
+    path: Path, driver: str, layout: str
 ) -> None:
     """A variance taken about the first value would cancel all its digits here."""
     path.driver = driver
-    values = randn(100, 2, 4, dtype=torch.float64).add(1e4).float()
-    values[0, 1, 0] = first
-    inputs = Inputs.of(100, 2, 4)
+    values = randn(100, 3, 4, dtype=torch.float64).add(1e4).float()
+    values[0, :, 0] = torch.tensor([0.0, -1e4, 3e4])
+    inputs = Inputs.of(100, 3, 4)
     inputs.x = oracle.arrange(values, layout)
     check(inputs.to(path.device), True, path, momentum=1.0, rms=False)
 
 
 @EACH_DRIVER
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("value", [0.0, 1.0, -1e4, 1e30, 1e-20])
-def test_a_constant_channel_becomes_its_bias(
-    path: Path, driver: str, value: float, dtype: torch.dtype
-) -> None:
+def test_a_constant_channel_becomes_its_bias(path: Path, driver: str, dtype: torch.dtype) -> None:
     path.driver = driver
-    inputs = Inputs.of(50, 3, 2, dtype=dtype)
-    inputs.x[:, 1] = min(value, torch.finfo(dtype).max)
+    constants = torch.tensor([0.0, 1.0, -1e4, 1e30, 1e-20], dtype=torch.float64)
+    constants = constants.clamp_max(torch.finfo(dtype).max).to(dtype)
+    inputs = Inputs.of(50, 6, 2, dtype=dtype)
+    inputs.x[:, :5] = constants[:, None]
     inputs = inputs.to(path.device)
     got = check(inputs, True, path, momentum=1.0, rms=False)
-    assert torch.equal(got["y"][:, 1], inputs.bias[1].expand(50, 2))
-    assert got["running_mean"][1] == inputs.x[0, 1, 0]
-    assert got["running_var"][1] == 0
+    assert torch.equal(got["y"][:, :5], inputs.bias[:5, None].expand(50, 5, 2))
+    assert torch.equal(got["running_mean"][:5].cpu(), constants)
+    assert (got["running_var"][:5] == 0).all()
 
 
 @EACH_DRIVER
-@pytest.mark.parametrize(
-    ("scale", "dtype"),
-    [*product((1e17, 1e-10, 1e-20), (torch.bfloat16, torch.float32)), (1e30, torch.float64)],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_huge_and_tiny_values_are_normalized_like_others(
-    path: Path, driver: str, scale: float, dtype: torch.dtype
+    path: Path, driver: str, dtype: torch.dtype
 ) -> None:
     """Up to where the sum of squares passes the largest number."""
     path.driver = driver
-    inputs = Inputs.of(20, 3, 7, dtype=dtype)
-    inputs.x = (inputs.x.double() * scale).to(dtype)
+    inputs = Inputs.of(20, 4, 7, dtype=dtype)
+    scales = torch.tensor([1e30 if dtype == torch.float64 else 1e17, 1.0, 1e-10, 1e-20])
+    inputs.x = (inputs.x.double() * scales[:, None]).to(dtype)
     check(inputs.to(path.device), True, path, momentum=1.0, rms=False)
 
 
 @EACH_DRIVER
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("activation", [None, "relu"])
 def test_a_variance_beyond_float32_is_infinite_and_normalizes_to_the_bias(
-    path: Path, driver: str, activation: str | None, dtype: torch.dtype
+    path: Path, driver: str, dtype: torch.dtype
 ) -> None:
     path.driver = driver
     for layout in ("contiguous", "channels_last"):
@@ -373,8 +367,8 @@ def test_a_variance_beyond_float32_is_infinite_and_normalizes_to_the_bias(
         inputs.x[:, 1] *= 1e30
         inputs.x = oracle.arrange(inputs.x, layout)
         inputs = inputs.to(path.device)
-        got = results(inputs, True, activation=activation, momentum=1.0)
-        bias = oracle.activate(inputs.bias[1].float(), Activation.of(activation))
+        got = results(inputs, True, activation="elu", momentum=1.0)
+        bias = F.elu(inputs.bias[1].float())
         torch.testing.assert_close(got["y"][:, 1].float(), bias.expand(20, 7), rtol=1e-2, atol=0)
         assert got["running_var"][1] == math.inf
         assert (got["dx"][:, 1] == 0).all()
@@ -382,46 +376,41 @@ def test_a_variance_beyond_float32_is_infinite_and_normalizes_to_the_bias(
         assert got["running_var"][::2].isfinite().all()
 
 
-@MODES
-@EACH_DRIVER
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("shape", [(6, 5), (20, 5, 3)], ids=str)
-def test_nan_and_infinity_stay_in_their_channel(
-    path: Path, driver: str, poison: float, shape: tuple[int, ...], training: bool
-) -> None:
+@pytest.mark.parametrize(
+    ("driver", "training"),
+    [("resident", True), ("split", True), ("streamed", True), ("split", False)],
+    ids=["resident", "split", "streamed", "eval"],
+)
+def test_nan_and_infinity_stay_in_their_channel(path: Path, driver: str, training: bool) -> None:
     path.driver = driver
+    clean, poisoned = [0, 4], [1, 2, 3]
     for layout in ("contiguous", "channels_last"):
-        clean = Inputs.of(*shape, layout=layout, residual=True).to(path.device)
-        want = results(clean, training, activation="relu6")
-        clean.x[0, 2] = poison
-        got = results(clean, training, activation="relu6")
-        others = [0, 1, 3, 4]
+        inputs = Inputs.of(20, 5, 3, layout=layout, residual=True)
+        want = results(inputs.to(path.device), training, activation="relu6")
+        inputs.x[4, 1:4, 1] = torch.tensor([math.nan, math.inf, -math.inf])
+        inputs = inputs.to(path.device)
+        got = results(inputs, training, activation="relu6")
         for name, tensor in got.items():
-            dim = 1 if tensor.dim() > 1 else 0
-            kept = tensor.index_select(dim, torch.tensor(others, device=path.device))
-            before = want[name].index_select(dim, torch.tensor(others, device=path.device))
-            assert torch.equal(kept, before), f"{name} of another channel changed"
-        expected = F.batch_norm(
-            clean.x, clean.running_mean.clone(), clean.running_var.clone(), clean.weight, clean.bias, training
-        )
-        expected = F.relu6(expected + clean.residual)[:, 2]
-        assert torch.equal(got["y"][:, 2].isnan(), expected.isnan())
+            pair = (t if t.dim() == 1 else t.transpose(0, 1) for t in (tensor, want[name]))
+            assert torch.equal(*(t[clean] for t in pair)), f"{name} of another channel changed"
+        statistics = [t.clone() for t in inputs.statistics()]
+        expected = F.batch_norm(inputs.x, *statistics, inputs.weight, inputs.bias, training)
+        expected = F.relu6(expected + inputs.residual)
+        assert torch.equal(got["y"].isnan(), expected.isnan())
         if training:
-            assert got["dx"][:, 2].isnan().all()
-            assert got["running_var"][2].isnan()
-            assert not got["running_mean"][2].isfinite()
+            assert got["dx"][:, poisoned].isnan().all()
+            assert got["running_var"][poisoned].isnan().all()
+            assert not got["running_mean"][poisoned].isfinite().any()
 
 
 @MODES
 @EACH_DRIVER
 def test_the_same_call_gives_the_same_bits(path: Path, driver: str, training: bool) -> None:
     path.driver = driver
-    for layout in ("contiguous", "channels_last", "cropped"):
-        inputs = Inputs.of(20, 5, 7, 3, layout=layout, residual=True).to(path.device)
-        first = results(inputs, training, activation="silu")
-        for _ in range(2):
-            again = results(inputs, training, activation="silu")
-            assert all(torch.equal(first[name], again[name]) for name in first)
+    for layout in ("contiguous", "channels_last"):
+        inputs = Inputs.of(15, 5, 7, 3, layout=layout, residual=True).to(path.device)
+        first, again = (results(inputs, training, activation="silu") for _ in range(2))
+        assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 # Semantics.
@@ -478,7 +467,7 @@ LEAVES = ("x", "weight", "bias", "residual")
 
 
 @MODES
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("activation", [None, "leaky_relu", "silu"])
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_any_subset_of_inputs_may_want_a_gradient(
     path: Path, residual: bool, activation: str | None, training: bool
@@ -518,14 +507,14 @@ def test_calls_before_backward_do_not_disturb_one_another(path: Path, activation
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 def test_the_gradient_of_y_may_have_any_layout(path: Path, activation: str | None, training: bool) -> None:
     layouts = ("contiguous", "channels_last", "transposed", "cropped", "misaligned")
-    for residual, layout, other in product((False, True), ("contiguous", "channels_last"), layouts):
-        inputs = Inputs.of(3, 8, 4, 5, layout=layout, residual=residual)
+    for layout, other in product(("contiguous", "channels_last"), layouts):
+        inputs = Inputs.of(2, 3, 2, 5, layout=layout, residual=True)
         inputs.dy = oracle.arrange(inputs.dy, other)
         check(inputs.to(path.device), training, path, activation=activation)
-        frozen = Inputs.of(3, 8, 4, 5, layout=layout, residual=residual)
-        frozen.dy = oracle.arrange(frozen.dy, other)
-        frozen.weight = frozen.bias = None
-        check(frozen.to(path.device), training, path, activation=activation)
+        # Without parameters, evaluation keeps no x whose layout could be asked.
+        frozen = Inputs(inputs.x, None, None, None, *inputs.statistics(), inputs.dy)
+        got = check(frozen.to(path.device), training, path, activation=activation)
+        assert got["dx"].stride() == inputs.x.stride()
 
 
 @MODES
@@ -634,29 +623,33 @@ def test_an_activation_is_pytorchs_at_every_special_point(
         assert ((y.detach().double().cpu() - want)[:n].abs() <= tolerance[:n]).all()
         tolerance = 4 * eps * (1 + at.abs().clamp_max(100))
         assert ((slope.double().cpu() - want_slope)[:n].abs() <= tolerance[:n]).all()
-        # PyTorch in the same dtype: mish(-inf), say, is NaN by its formula.
-        theirs, theirs_slope = oracle.activate(x, activation), oracle.slope(x, activation)
-        torch.testing.assert_close(y.detach()[n:], theirs[n:], equal_nan=True)
-        assert slope[n].isnan() or theirs_slope[n] == slope[n]
+        # Where there is no number, as PyTorch in this dtype or in float64: they are not always one (gelu).
+        theirs = oracle.activate(x, activation)[n:].double().cpu()
+        got = y.detach()[n:].double().cpu()
+        for mine, *allowed in zip(got, theirs, want[n:], strict=True):
+            assert any(torch.equal(mine.nan_to_num(7.0), a.nan_to_num(7.0)) for a in allowed)
+        assert slope[n].isnan() or want_slope[n] == slope[n].item()
 
 
 @EACH_ACTIVATION
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gradcheck(path: Path, activation: str | Activation, layout: str) -> None:
-    for residual, training in product((False, True), (True, False)):
-        inputs = Inputs.of(3, 2, 4, dtype=torch.float64, layout=layout, residual=residual).to(path.device)
+@pytest.mark.parametrize(
+    ("layout", "residual", "training"),
+    [("contiguous", False, False), ("channels_last", True, True)],
+    ids=["eval", "training"],
+)
+def test_gradcheck(
+    path: Path, activation: str | Activation, layout: str, residual: bool, training: bool
+) -> None:
+    inputs = Inputs.of(3, 2, 4, dtype=torch.float64, layout=layout, residual=residual).to(path.device)
 
-        def call(
-            x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, training: bool = training
-        ) -> Tensor:
-            statistics = [t.clone() for t in inputs.statistics()]
-            return batch_norm(
-                x, *statistics, weight, bias, training, residual=residual, activation=activation
-            )
+    def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        statistics = [t.clone() for t in inputs.statistics()]
+        return batch_norm(
+            x, *statistics, weight, bias, training, residual=residual, activation=activation
+        )
 
-        leaves = [getattr(inputs, name) for name in LEAVES]
-        leaves = [leaf if leaf is None else leaf.requires_grad_() for leaf in leaves]
-        assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    leaves = [getattr(inputs, name) for name in LEAVES[: 3 + residual]]
+    assert torch.autograd.gradcheck(call, [leaf.requires_grad_() for leaf in leaves], fast_mode=True)
 
 
 # What is kept for backward.
@@ -687,7 +680,7 @@ def kept(inputs: Inputs, training: bool, activation: str | None, needs: tuple[st
 def test_without_a_residual_backward_keeps_x_alone(
     path: Path, activation: str | None, training: bool
 ) -> None:
-    inputs = Inputs.of(8, 4, 16, 16).to(path.device)
+    inputs = Inputs.of(2, 8, 4, 4).to(path.device)
     (only,) = kept(inputs, training, activation)
     assert only.data_ptr() == inputs.x.data_ptr()
 
@@ -698,7 +691,7 @@ def test_without_a_residual_backward_keeps_x_alone(
 def test_with_a_residual_and_two_slopes_backward_keeps_x_and_a_bit_a_value(
     path: Path, activation: str, layout: str, training: bool
 ) -> None:
-    inputs = Inputs.of(8, 16, 8, 8, layout=layout, residual=True).to(path.device)
+    inputs = Inputs.of(2, 8, 4, 4, layout=layout, residual=True).to(path.device)
     x, bits = sorted(kept(inputs, training, activation), key=lambda t: -t.nbytes)
     assert x.data_ptr() == inputs.x.data_ptr()
     assert bits.nbytes == inputs.x.numel() // 8
@@ -709,14 +702,14 @@ def test_with_a_residual_and_two_slopes_backward_keeps_x_and_a_bit_a_value(
 def test_with_a_residual_and_another_activation_backward_keeps_x_and_the_residual_itself(
     path: Path, activation: str, training: bool
 ) -> None:
-    inputs = Inputs.of(8, 4, 16, 16, residual=True).to(path.device)
+    inputs = Inputs.of(2, 8, 4, 4, residual=True).to(path.device)
     found = {t.data_ptr() for t in kept(inputs, training, activation)}
     assert found == {inputs.x.data_ptr(), inputs.residual.data_ptr()}
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_with_frozen_parameters_in_eval_backward_does_not_keep_x(path: Path, residual: bool) -> None:
-    inputs = Inputs.of(8, 16, 8, 8, residual=residual).to(path.device)
+    inputs = Inputs.of(2, 8, 4, 4, residual=residual).to(path.device)
     assert kept(inputs, False, None, needs=("x", "residual")) == []
     (bits,) = kept(inputs, False, "relu", needs=("x", "residual"))
     assert bits.nbytes == inputs.x.numel() // 8
@@ -724,7 +717,7 @@ def test_with_frozen_parameters_in_eval_backward_does_not_keep_x(path: Path, res
 
 @MODES
 def test_nothing_is_kept_where_no_gradient_is_wanted(path: Path, training: bool) -> None:
-    inputs = Inputs.of(8, 16, 8, 8, residual=True).to(path.device)
+    inputs = Inputs.of(2, 8, 4, 4, residual=True).to(path.device)
     assert kept(inputs, training, "relu", needs=()) == []
 
 

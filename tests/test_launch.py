@@ -14,7 +14,7 @@ from triton_bn.functional import batch_norm
 from triton_bn.plan import DEVICES, Plan, candidates
 from triton_bn.problem import Problem
 
-#: A GPU as much smaller as the tensors here are, so that every driver is a candidate and programs are few.
+#: A GPU as much smaller as the tensors here are: every driver is a candidate, programs are few.
 SMALL = replace(DEVICES["H100"], processors=1, cache=1 << 10)
 
 #: Shape, layout, dtype, activation, residual: S = 49, 9, 50, 257 and 1, ragged rows and columns.

@@ -88,12 +88,16 @@ def assert_same_step(ours: nn.Module, twin: nn.Module, x: Tensor, dy: Tensor) ->
     assert_same_state(ours, twin)
 
 
-@EACH_PAIR
-@EACH_OPTIONS
+@pytest.mark.parametrize(
+    ("pair", "options"),
+    [(pair, {}) for pair in PAIRS] + [(PAIRS[0], options) for options in OPTIONS.values()],
+    ids=["1d (N, C)", "1d (N, C, L)", "2d", "3d", *OPTIONS],
+)
 def test_a_layer_does_what_its_twin_does(
-    path: Path, ours: type, twin: type, shape: tuple[int, ...], options: dict[str, Any]
+    path: Path, pair: tuple[type, type, tuple[int, ...]], options: dict[str, Any]
 ) -> None:
     """Over batches in training, in eval, and in training again."""
+    ours, twin, shape = pair
     layer, other = build(ours, path.device, **options), build(twin, path.device, **options)
     for step, training in enumerate((True, True, False, True)):
         layer.train(training)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from perf.shapes import EXTREMES, NETWORKS
 from triton_bn.plan import (
@@ -20,8 +20,8 @@ from triton_bn.plan import (
     Plan,
     Tile,
     candidates,
-    channel_blocks,
     heuristic,
+    power_of_two,
     tile_channels,
 )
 from triton_bn.problem import Activation, Problem, describe
@@ -70,7 +70,7 @@ def check_tile(tile: Tile, problem: Problem) -> None:
     assert tile.warps <= 16
     assert 1 <= tile.depth <= DEPTH
     assert tile.splits >= 1
-    assert tile.columns >= 8
+    assert tile.columns >= 8 or not problem.bits, "a byte of bits would be shared"
 
 
 def check(plan: Plan, problem: Problem, device: Device) -> None:
@@ -96,8 +96,8 @@ def check(plan: Plan, problem: Problem, device: Device) -> None:
     sums = problem.training or problem.direction == "backward"
     assert (plan.reduce is not None) == sums
     for each in {plan.transform, plan.reduce} - {None}:
-        members = each.columns * tile_channels(each.columns, problem.inner)
-        assert problem.inner == 1 or each.columns == 8 or members <= MEMBERS
+        members = each.columns * power_of_two(tile_channels(each.columns, problem.inner))
+        assert problem.inner == 1 or each.columns == 8 or members <= MEMBERS * each.warps
         chunk = each.rows * each.depth
         assert (each.splits - 1) * chunk < problem.outer, "a split without rows"
     if plan.driver == "streamed":
@@ -109,8 +109,15 @@ def check(plan: Plan, problem: Problem, device: Device) -> None:
         assert plan.programs >= device.processors
 
 
+#: Wide values in few rows: a tile of few columns must still hold whole bytes of bits.
+NARROW = Problem(
+    "backward", 50, 24, 1, (24, 1, 1), torch.float64, 2, True, Activation("relu"), False, True
+)  # fmt: skip
+
+
 @settings(max_examples=150)
 @given(problems(), devices)
+@example(NARROW, DEVICES["H100"])
 def test_every_candidate_is_legal(problem: Problem, device: Device) -> None:
     found = candidates(problem, device)
     assert found[0] == heuristic(problem, device)
@@ -166,7 +173,7 @@ def described(shape: tuple[int, ...], last: bool, dtype: torch.dtype) -> list[Pr
 @pytest.mark.parametrize("name", ["A100", "H100", "B200", "MI300X"])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_networks_fill_the_gpu(name: str, last: bool) -> None:
-    """With 16 KB of input for each processor and more, at least nine in ten have a program."""
+    """With 16 KB of input for each processor and more, nine in ten of up to 148 have a program."""
     device = DEVICES[name]
     bad = []
     for shape in layers():
@@ -182,9 +189,16 @@ def test_networks_fill_the_gpu(name: str, last: bool) -> None:
                     for tile in (plan.transform, plan.reduce)
                     if tile is not None
                 )
-            if programs < 0.9 * device.processors:
+            if programs < 0.9 * min(device.processors, 148):
                 bad.append(f"{problem}: {plan}: {programs} programs")
     assert not bad, f"{len(bad)}:\n" + "\n".join(bad)
+
+
+def partials(problem: Problem, tile: Tile, power: int) -> int:
+    """Bytes of all partials (power 1), or of all that programs of the same tile read of them (2)."""
+    first = torch.arange(problem.channels) * problem.inner
+    blocks = (first + problem.inner - 1) // tile.columns - first // tile.columns + 1
+    return int(8 * (blocks * tile.splits).pow(power).sum())
 
 
 @pytest.mark.parametrize("name", ["A100", "H100", "B200", "MI300X"])
@@ -203,15 +217,10 @@ def test_partials_are_little_beside_the_input(name: str, last: bool) -> None:
             size = problem.numel * problem.itemsize
             if plan.reduce is None or size < device.processors * 16 << 10:
                 continue
-            first, second = (
-                tile.splits * channel_blocks(tile.columns, problem.inner)
-                for tile in (plan.reduce, plan.transform)
-            )
-            written = 8 * problem.channels * first
-            if written > size / 10 or written * second > size / 2:
-                bad.append(
-                    f"{problem}: {plan}: {written / size:.2f}, {written * second / size:.2f}"
-                )
+            written = partials(problem, plan.reduce, 1)
+            again = partials(problem, plan.reduce, 2)
+            if written > size / 10 or again > size / 2:
+                bad.append(f"{problem}: {plan}: {written / size:.2f}, {again / size:.2f}")
     assert not bad, f"{len(bad)}:\n" + "\n".join(bad)
 
 

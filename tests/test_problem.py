@@ -122,6 +122,8 @@ def test_a_problem_reads_x_in_the_order_in_which_its_outputs_lie(x: Tensor) -> N
     read = block(seen, (problem.sizes, problem.strides))
     assert torch.equal(read, output.as_strided(problem.sizes, dense))
     assert problem.dense == (problem.strides == dense)
+    strides = zip(x.shape, output.stride(), torch.empty_like(x).stride(), strict=True)
+    assert all(size == 1 or mine == theirs for size, mine, theirs in strides), "another layout than x"
 
 
 @given(x=numbered())

@@ -39,6 +39,7 @@ import triton_bn
 from triton_bn import Activation, launch, ops, reference
 
 WORLD = 4
+PACKAGE = Path(triton_bn.__file__).parent
 
 
 @dataclass
@@ -172,7 +173,10 @@ CASES = {
     ),
     "vectors": Case(shape=(13, 9), momentum=None, bias=False),
     "half": Case(
-        dtype=torch.float16, layout="channels_last", activation="relu", residual=True,
+        dtype=torch.float16,
+        layout="channels_last",
+        activation="relu",
+        residual=True,
         parameters=torch.float16,
     ),
     "bfloat16": Case(dtype=torch.bfloat16, activation="silu"),
@@ -244,7 +248,9 @@ def _compare(peer: Peer, mode: str, device: torch.device, case: Case) -> None:
     for name in before:
         running = getattr(layer, name)
         want[name].assert_close(running, name)
-        assert torch.equal(peer.total(running), peer.size * running.double().cpu()), "not the same bits"
+        assert torch.equal(peer.total(running), peer.size * running.double().cpu()), (
+            "not the same bits"
+        )
     assert layer.num_batches_tracked == 2
     for name in ("weight", "bias"):
         parameter = getattr(layer, name)
@@ -518,7 +524,9 @@ def second_derivatives_raise(peer: Peer) -> None:
 @pytest.mark.parametrize("name", CHECKS)
 def test_ranks(name: str, outcomes: list[dict[str, str]]) -> None:
     failures = {
-        rank: outcome[name] for rank, outcome in enumerate(outcomes[: CHECKS[name][2]]) if outcome[name]
+        rank: outcome[name]
+        for rank, outcome in enumerate(outcomes[: CHECKS[name][2]])
+        if outcome[name]
     }
     assert not failures, "\n".join(f"rank {rank}: {text}" for rank, text in failures.items())
 
@@ -599,13 +607,19 @@ def rows_of(counts: list[float], tags: list[float]) -> tuple[Tensor, Tensor, Ten
 
 
 @pytest.mark.parametrize("mode", ["reference", pytest.param("kernels", marks=INTERPRETS)])
-@pytest.mark.parametrize("counts", [[2**24, 1, 0, 2**24 + 1], [70000] * 150], ids=["large", "ranks"])
+@pytest.mark.parametrize(
+    "counts", [[2**24, 1, 0, 2**24 + 1], [70000] * 150], ids=["large", "ranks"]
+)
 def test_counts_of_any_size_are_merged(mode: str, counts: list[int], device: torch.device) -> None:
     rows, mean, variance = rows_of(counts, [0] * len(counts))
     running = [torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)]
     tracked = torch.zeros((), dtype=torch.int64)
     if mode == "kernels":
-        rows, running, tracked = rows.to(device), [r.to(device) for r in running], tracked.to(device)
+        rows, running, tracked = (
+            rows.to(device),
+            [r.to(device) for r in running],
+            tracked.to(device),
+        )
         count = rows.new_empty(2)
         moments, agree = launch.merge(rows, count, *running, tracked, None)
         assert agree == 1
@@ -681,7 +695,7 @@ def test_its_kernels_compile_for_gpus() -> None:
                 print(target, entry.kernel, binary.resources(entry.compiled).spilled)
     """)
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(Path(triton_bn.__file__).parent.parent)
+    environment["PYTHONPATH"] = str(PACKAGE.parent)
     found = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
     )
@@ -689,3 +703,25 @@ def test_its_kernels_compile_for_gpus() -> None:
     lines = found.stdout.split("\n")[:-1]
     assert len(lines) == 3 * 4
     assert not [line for line in lines if not re.fullmatch(r"\w+ \w+_kernel 0", line)]
+
+
+@pytest.mark.dist
+def test_the_demo_equals_one_process() -> None:
+    pytest.importorskip("sklearn")
+    command = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "triton_bn.ddp_demo", "--epochs", "1", "--batch", "63"],
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "agree" in done.stdout
+
+
+def test_the_demo_says_how_to_start_it(capsys: pytest.CaptureFixture[str]) -> None:
+    from triton_bn import ddp_demo
+
+    assert ddp_demo.main([]) == 2
+    assert "torch.distributed.run" in capsys.readouterr().err

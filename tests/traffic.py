@@ -1,8 +1,8 @@
 """The traffic meter: what each kernel really reads and writes, counted in Triton's interpreter.
 
-Lanes that are masked off do not count, and lanes that ask for the same address in one access count
-once, as on a GPU. Caches are not modelled: what is counted are the values that a kernel asks for, in
-all (``total``) and each address once (``distinct``).
+Lanes that are masked off do not count, and lanes that ask for the same address in one access
+count once, as on a GPU. Caches are not modelled: what is counted are the values that a kernel asks
+for, in all (``total``) and each address once (``distinct``).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def metered() -> Iterator[list[Traffic]]:
         for region in regions:
             offsets, rest = np.divmod(addresses - region.begin, region.size)
             counts = getattr(region, what)
-            if 0 <= offsets[0] and offsets[-1] < len(counts):
+            if offsets[0] >= 0 and offsets[-1] < len(counts):
                 assert not rest.any(), f"{region.name} is accessed between its values"
                 counts[offsets] += 1
                 return
@@ -105,7 +105,7 @@ def metered() -> Iterator[list[Traffic]]:
 
 
 def _regions(names: Sequence[str], arguments: Sequence[Any]) -> list[_Region]:
-    """The memory of the tensors among a kernel's arguments; of one passed twice, the first counts."""
+    """The memory of the tensors among a kernel's arguments; of one passed twice the first counts."""
     found: list[_Region] = []
     for name, value in zip(names, arguments, strict=False):
         if isinstance(value, tuple):

@@ -115,7 +115,8 @@ def _resident(problem: Problem, plan: Plan) -> tuple[int, dict[str, Any]]:
         problem,
         tile,
         G=tile.columns if problem.inner == 1 else power_of_two(plan.channels),
-        MASKED=plan.channels * problem.inner != tile.columns or problem.channels % plan.channels != 0,
+        MASKED=plan.channels * problem.inner != tile.columns
+        or problem.channels % plan.channels != 0,
         CHANNELS=plan.channels,
         INNER=problem.inner,
         RAGGED=problem.outer != tile.rows * tile.depth,
@@ -136,10 +137,16 @@ def _tiled(problem: Problem, tile: Tile, partial: Tile | None) -> tuple[int, int
         others["Q"] = min(enough, max(1024 // group, 1))
         others["K_PARTIAL"] = partial.columns
     programs = -(-problem.row // tile.columns) * tile.splits
-    return programs, _geometry(problem, tile)[0], _options(_constants(problem, tile, **others), tile)
+    return (
+        programs,
+        _geometry(problem, tile)[0],
+        _options(_constants(problem, tile, **others), tile),
+    )
 
 
-def _streamed(problem: Problem, plan: Plan, x: Tensor) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+def _streamed(
+    problem: Problem, plan: Plan, x: Tensor
+) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
     """Programs, (counters, partials, geometry) and constants of a streamed launch."""
     items, _, constants = _tiled(problem, plan.transform, plan.transform)
     windows = -(-items // plan.transform.splits // plan.window)
@@ -222,7 +229,20 @@ def forward(
     assert plan.reduce is not None
     partials, geometry = _moments(problem, plan.reduce, x, num_batches_tracked)
     _normalize(
-        problem, plan, x, y, residual, packed, weight, bias, stats, partials, running, factor, eps, geometry
+        problem,
+        plan,
+        x,
+        y,
+        residual,
+        packed,
+        weight,
+        bias,
+        stats,
+        partials,
+        running,
+        factor,
+        eps,
+        geometry,
     )
     return y, stats, packed
 
@@ -326,7 +346,20 @@ def normalize(
         residual = aligned_like(residual, y)
     running = (mean, variance, None)
     _normalize(
-        problem, plan, x, y, residual, packed, weight, bias, stats, None, running, _pair(0.0), eps, (0, 0, 0)
+        problem,
+        plan,
+        x,
+        y,
+        residual,
+        packed,
+        weight,
+        bias,
+        stats,
+        None,
+        running,
+        _pair(0.0),
+        eps,
+        (0, 0, 0),
     )
     return y, stats, packed
 
@@ -469,7 +502,12 @@ def _merged_sums(
     programs, constants = _vectors(
         problem.channels, tile, geometry[1] * geometry[2], acc, problem.wide
     )
-    run(sums_kernel, programs, (partials, sums, stats, dparameters, problem.sizes, geometry), constants)
+    run(
+        sums_kernel,
+        programs,
+        (partials, sums, stats, dparameters, problem.sizes, geometry),
+        constants,
+    )
     return sums
 
 
@@ -496,12 +534,25 @@ def trial(problem: Problem, plan: Plan, device: Any = None) -> Callable[[], None
     if problem.direction == "forward":
         if problem.training:
             momentum = None if problem.cumulative else 0.1
-            return lambda: forward(
-                problem, plan, x, weight, bias, mean, variance, tracked, residual, momentum, 1e-5
-            ) and None
-        return lambda: normalize(
-            problem, plan, x, mean, variance, weight, bias, residual, 1e-5
-        ) and None
+            return lambda: (
+                forward(
+                    problem,
+                    plan,
+                    x,
+                    weight,
+                    bias,
+                    mean,
+                    variance,
+                    tracked,
+                    residual,
+                    momentum,
+                    1e-5,
+                )
+                and None
+            )
+        return lambda: (
+            normalize(problem, plan, x, mean, variance, weight, bias, residual, 1e-5) and None
+        )
     dy, stats = like_y(), torch.stack([mean, variance])
     packed = None
     if problem.bits:
@@ -509,9 +560,9 @@ def trial(problem: Problem, plan: Plan, device: Any = None) -> Callable[[], None
             256, (problem.outer, -(-problem.row // 8)), dtype=torch.uint8, device=place
         )
     needs = (True, True, True, problem.residual or problem.bits)
-    return lambda: backward(
-        problem, plan, dy, x, stats, weight, bias, residual, packed, needs
-    ) and None
+    return lambda: (
+        backward(problem, plan, dy, x, stats, weight, bias, residual, packed, needs) and None
+    )
 
 
 def interpreting() -> bool:

@@ -37,10 +37,17 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         activation: str | Activation | None = None,
     ) -> None:
         resolved = Activation.of(activation)
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:  # torch.nn's own layers take the argument only in newer releases
+            self.register_parameter("bias", None)
         self.activation = resolved
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """``activation(bn(input) + residual)``: of the input's shape (N, C, *), dtype and memory format."""
@@ -81,7 +88,9 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             training=training,
             residual=residual is not None,
             activation=self.activation,
-            cumulative=self.training and self.momentum is None and self.num_batches_tracked is not None,
+            cumulative=self.training
+            and self.momentum is None
+            and self.num_batches_tracked is not None,
             device=device,
         )
 
@@ -187,7 +196,9 @@ class SyncBatchNorm(_Fused):
         return {name: value for name, value in self.__dict__.items() if name != "_agreed"}
 
     @classmethod
-    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any | None = None) -> nn.Module:
+    def convert_sync_batchnorm(
+        cls, module: nn.Module, process_group: Any | None = None
+    ) -> nn.Module:
         """``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, to this layer.
 
         Args:

@@ -23,7 +23,7 @@ from triton_bn.problem import FLOATING, Activation, Problem, canonical, describe
 from triton_bn.sync import DISAGREE, Ranks
 from triton_bn.tune import resolve
 
-__all__ = ["Plans", "batch_norm", "plans", "synchronized", "use_kernels"]
+__all__ = ["Plans", "batch_norm", "plans", "use_kernels"]
 
 Outputs = tuple[Tensor, Tensor, Tensor | None]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -72,7 +72,9 @@ def forward(
         residual=residual is not None,
         activation=activation,
         bits=bits,
-        cumulative=momentum is None and num_batches_tracked is not None and running_mean is not None,
+        cumulative=momentum is None
+        and num_batches_tracked is not None
+        and running_mean is not None,
     )
     return launch.forward(
         problem, _resolve(problem, x), x, weight, bias, running_mean, running_var,
@@ -122,7 +124,9 @@ def _forward_shared(
         return _fake_outputs(x, bits, 3)
     mean, variance = moments.unbind()
     if kernels:
-        return launch.normalize(problem, plan, x, mean, variance, weight, bias, residual, eps, stats)
+        return launch.normalize(
+            problem, plan, x, mean, variance, weight, bias, residual, eps, stats
+        )
     y, stats[:2], packed = normalize(
         x, mean, variance, weight, bias, residual, eps, activation, bits
     )
@@ -144,7 +148,9 @@ def normalize(
     if not use_kernels(x):
         acc = reference.accumulator(x.dtype)
         stats = torch.stack([mean.to(acc), (variance.to(acc) + eps).rsqrt()])
-        y, packed = reference.normalize(x, stats[0], stats[1], weight, bias, residual, activation, bits)
+        y, packed = reference.normalize(
+            x, stats[0], stats[1], weight, bias, residual, activation, bits
+        )
         return y, stats, packed
     problem, x = describe(
         x, training=False, residual=residual is not None, activation=activation, bits=bits
@@ -242,10 +248,17 @@ def plans(
     """The plans for an input (only its metadata counts) whose gradients are all wanted."""
     bits = residual and activation is not None and activation.two_slopes
     problem, _ = describe(
-        x, training=training, residual=residual, activation=activation, bits=bits, cumulative=cumulative
+        x,
+        training=training,
+        residual=residual,
+        activation=activation,
+        bits=bits,
+        cumulative=cumulative,
     )
     # With its slopes kept, the backward needs no residual.
-    behind = replace(problem, direction="backward", residual=residual and not bits, cumulative=False)
+    behind = replace(
+        problem, direction="backward", residual=residual and not bits, cumulative=False
+    )
     device = device or Device.current(x.device)
     return Plans(resolve(problem, device), resolve(behind, device))
 
@@ -306,11 +319,23 @@ class _BatchNorm(torch.autograd.Function):
         if again and ctx.ranks is None:
             # create_graph: the gradient as a function of everything, in operators that have derivatives.
             gradients = reference.differentiable_backward(
-                dy, x, stats, weight, bias, residual, packed, ctx.activation, ctx.training, ctx.eps, needs
+                dy,
+                x,
+                stats,
+                weight,
+                bias,
+                residual,
+                packed,
+                ctx.activation,
+                ctx.training,
+                ctx.eps,
+                needs,
             )
         else:
             if x is None and dy.stride() != ctx.layout:
-                dy = torch.empty_strided(dy.shape, ctx.layout, dtype=dy.dtype, device=dy.device).copy_(dy)
+                dy = torch.empty_strided(
+                    dy.shape, ctx.layout, dtype=dy.dtype, device=dy.device
+                ).copy_(dy)
             with torch.no_grad():
                 gradients = verbs.backward(
                     dy, x, stats, weight, bias, residual, packed, ctx.activation, ctx.training,
@@ -505,9 +530,7 @@ def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
         *arguments[:-5], _activation(name, parameter), training, tuple(needs), ranks
     )
     # An operator's outputs are its own: without an activation dresidual is dy itself.
-    return tuple(
-        _absent(dy) if g is None else g.clone() if g is dy else g for g in gradients
-    )
+    return tuple(_absent(dy) if g is None else g.clone() if g is dy else g for g in gradients)
 
 
 def _autograd_op(op: str, split: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
@@ -572,7 +595,14 @@ def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("triton_bn::backward", lib=_library)
-def _(dy: Tensor, x: Tensor | None, stats: Tensor, weight: Tensor | None, bias: Tensor | None, *others: Any) -> Any:
+def _(
+    dy: Tensor,
+    x: Tensor | None,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *others: Any,
+) -> Any:
     like = dy if x is None else x
     wanted = (like, weight, bias, like)
     return tuple(

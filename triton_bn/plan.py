@@ -12,9 +12,10 @@ none was measured on a GPU yet. ``tune.search`` times what :func:`candidates` li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from itertools import product
 from typing import Any, Literal
 
@@ -22,7 +23,17 @@ import torch
 
 from triton_bn.problem import Problem, hash_once, without_hash
 
-__all__ = ["DEVICES", "Device", "Plan", "Tile", "candidates", "channel_blocks", "heuristic", "tile_channels", "with_source"]
+__all__ = [
+    "DEVICES",
+    "Device",
+    "Plan",
+    "Tile",
+    "candidates",
+    "channel_blocks",
+    "heuristic",
+    "tile_channels",
+    "with_source",
+]
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class Device:
     __getstate__ = without_hash
 
     @staticmethod
-    @lru_cache(maxsize=None)
+    @cache
     def current(device: torch.device) -> Device:
         """The facts of a torch device; asked of the driver once, at first use."""
         if device.type != "cuda":
@@ -47,7 +58,11 @@ class Device:
         facts = torch.cuda.get_device_properties(device)
         if torch.version.hip:
             return Device(
-                facts.name, facts.gcnArchName.split(":")[0], facts.multi_processor_count, facts.L2_cache_size, 64
+                facts.name,
+                facts.gcnArchName.split(":")[0],
+                facts.multi_processor_count,
+                facts.L2_cache_size,
+                64,
             )
         arch = f"sm_{facts.major}{facts.minor}"
         return Device(facts.name, arch, facts.multi_processor_count, facts.L2_cache_size)
@@ -125,15 +140,16 @@ class Plan:
 
     def __str__(self) -> str:
         def text(tile: Tile) -> str:
-            return (
-                f"{tile.depth} x [{tile.rows}, {tile.columns}], {tile.warps} warps"
-                + (f", {tile.splits} splits" if tile.splits > 1 else "")
+            return f"{tile.depth} x [{tile.rows}, {tile.columns}], {tile.warps} warps" + (
+                f", {tile.splits} splits" if tile.splits > 1 else ""
             )
 
         if self.driver == "resident":
             body = f"{self.channels} channels a program, {text(self.transform)}"
         elif self.driver == "streamed":
-            body = f"{self.programs} programs, windows of {self.window} blocks, {text(self.transform)}"
+            body = (
+                f"{self.programs} programs, windows of {self.window} blocks, {text(self.transform)}"
+            )
         elif self.reduce is None:
             body = f"transform {text(self.transform)}"
         else:
@@ -154,8 +170,8 @@ THREAD = 16
 #: Tiles that a resident program loads by straight-line code; twice as many took minutes to compile.
 DEPTH = 24
 
-#: Members a tile's columns may have to be compared with, columns x channels, before that spills.
-MEMBERS = 4 << 10
+#: Columns times channels that a tile may have to be folded by, for each warp, before that spills.
+MEMBERS = 1 << 10
 
 
 #: Bytes of input for each processor below which it does not matter that some processors stay idle.
@@ -236,35 +252,40 @@ def _resident(problem: Problem, device: Device) -> Iterator[Plan]:
     while group * problem.inner * problem.itemsize < 64 and group < problem.channels:
         group *= 2
     while True:
-        columns = max(power_of_two(min(group, problem.channels) * problem.inner), 8)
+        channels = min(group, problem.channels)
+        columns = max(power_of_two(channels * problem.inner), 8)
+        members = 0 if problem.inner == 1 else columns * power_of_two(channels)
         if columns > limit:
             return
-        held = power_of_two(problem.outer) if problem.outer < 8 else -(-problem.outer // 8) * 8
-        if held * columns <= limit:
-            for warps in _resident_warps(held * columns):
-                tile = _resident_tile(problem, device, columns, warps)
-                share = tile.rows * columns // (tile.warps * device.warp)
-                if tile.rows * tile.depth * columns <= limit and share <= THREAD:
-                    yield Plan("resident", tile, channels=min(group, problem.channels))
+        held, fewest = problem.outer * columns, -(-members // MEMBERS)
+        # Up to 64 values a thread hide their loads behind one another best; beyond, the more warps.
+        for most in sorted((4, 8, 16), key=lambda w: w if held <= 64 * w * device.warp else 32 - w):
+            tile = _resident_tile(problem, device, columns, most, fewest)
+            threads = tile.warps * device.warp
+            if (
+                tile.rows * tile.depth * columns <= min(limit, limit // 256 * threads)
+                and tile.rows * columns <= THREAD * threads
+                and members <= MEMBERS * min(tile.warps, 8)
+            ):
+                yield Plan("resident", tile, channels=channels)
         if group >= problem.channels:
             return
         group *= 2
 
 
-def _resident_warps(values: int) -> tuple[int, ...]:
-    if values <= 8 << 10:
-        return (4, 8)
-    return (8, 16, 4) if values <= 24 << 10 else (16, 8)
+def _resident_tile(
+    problem: Problem, device: Device, columns: int, most: int, fewest: int
+) -> Tile:
+    """Tiles of about 16 bytes a thread, larger where more than DEPTH of them would be needed.
 
-
-def _resident_tile(problem: Problem, device: Device, columns: int, warps: int) -> Tile:
-    """Tiles of about 16 bytes a thread: larger where more than DEPTH of them would be needed, fewer warps
-    where that were too many for the values there are."""
+    It has the ``most`` warps, or, where those were too many for the values there are, down to the ``fewest``.
+    """
     unit = device.warp * (16 // problem.itemsize)
-    rows = min(max(warps * unit // columns, 1), power_of_two(problem.outer))
+    rows = min(max(most * unit // columns, 1), power_of_two(problem.outer))
     while -(-problem.outer // rows) > DEPTH:
         rows *= 2
-    return Tile(rows, columns, -(-problem.outer // rows), max(min(warps, rows * columns // unit), 1))
+    warps = max(min(most, rows * columns // unit), min(most, power_of_two(fewest)), 1)
+    return Tile(rows, columns, -(-problem.outer // rows), warps)
 
 
 def _split(problem: Problem, device: Device, scale: int, depth: int, warps: int) -> Plan:
@@ -285,6 +306,7 @@ def _streamed(problem: Problem, device: Device) -> Iterator[Plan]:
     for depth, warps, resident in product((1, 2, 4), (4, 8), (2, 4)):
         tile = _tile(problem, device, 1, depth, warps)
         window = WINDOW[problem.direction] // (problem.outer * tile.columns * problem.itemsize)
+        window = min(window, -(-problem.row // tile.columns))
         programs = device.processors * resident
         if window == 0:
             return
@@ -295,27 +317,46 @@ def _streamed(problem: Problem, device: Device) -> Iterator[Plan]:
 
 
 def _tile(problem: Problem, device: Device, scale: int, depth: int, warps: int) -> Tile:
-    """16 bytes a thread; rows are split among programs until each processor has 8 of them (channels_last: 2)."""
+    """16 bytes a thread and tile; rows are split until each processor has 8 programs (channels_last: 2)."""
     vector = 16 // problem.itemsize
     values = warps * device.warp * vector
     if problem.inner == 1:
-        # Rows of at least 64 bytes. Every program of the second launch reads all partials of its
-        # channels: few columns and few splits keep that small beside its tile.
-        columns = min(power_of_two(problem.channels), 4 * vector)
-        programs = 2 * device.processors * scale
+        columns, programs = 4 * vector, 2 * device.processors * scale  # rows of 64 bytes
     else:
-        columns = min(power_of_two(problem.row), values)
-        while columns * power_of_two(tile_channels(columns, problem.inner)) > MEMBERS:
-            columns //= 2
-        programs = 8 * device.processors * scale
-    columns = max(columns, 8)
-    rows = max(min(values // columns, power_of_two(problem.outer)), 1)
+        columns, programs = values, 8 * device.processors * scale
+        if power_of_two(problem.outer) < depth:
+            # There are not so many rows to have in flight: longer ones, then.
+            columns *= min(depth // power_of_two(problem.outer), 32 // vector)
+            depth = power_of_two(problem.outer)
+    columns = max(min(columns, power_of_two(problem.row)), 8)
+    while problem.inner > 1 and columns * _members(problem, columns) > MEMBERS * warps:
+        columns //= 2
+    while (
+        problem.inner == 1
+        and columns > 2 * vector
+        and -(-problem.row // columns) * _most_splits(problem, columns) < device.processors
+    ):
+        columns //= 2
     blocks = -(-problem.row // columns)
+    rows = max(min(values // columns, power_of_two(problem.outer)), 1)
     # Fewer tiles in flight rather than fewer programs than processors.
     while depth > 1 and blocks * -(-problem.outer // (rows * depth)) < device.processors:
         depth //= 2
-    splits = max(min(programs // blocks, -(-problem.outer // (rows * depth))), 1)
-    return Tile(rows, columns, depth, warps, splits)
+    splits = min(
+        programs // blocks, -(-problem.outer // (rows * depth)), _most_splits(problem, columns)
+    )
+    return Tile(rows, columns, depth, warps, max(splits, 1))
+
+
+def _members(problem: Problem, columns: int) -> int:
+    return power_of_two(tile_channels(columns, problem.inner))
+
+
+def _most_splits(problem: Problem, columns: int) -> int:
+    """The most splits whose partials, which each program of the second launch reads for its channels, are
+    together no more than half of the input's bytes."""
+    partials = channel_blocks(columns, problem.inner) * _members(problem, columns)
+    return math.isqrt(columns * problem.outer * problem.itemsize // (16 * partials))
 
 
 def with_source(plan: Plan, source: str) -> Plan:

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -90,7 +91,9 @@ class Activation:
             )
         default = ACTIVATIONS[self.name]
         if default is None and self.parameter is not None:
-            raise ValueError(f"activation {self.name!r} takes no parameter, but got {self.parameter}")
+            raise ValueError(
+                f"activation {self.name!r} takes no parameter, but got {self.parameter}"
+            )
         value = default if self.parameter is None else float(self.parameter)
         object.__setattr__(self, "parameter", value)
 
@@ -114,7 +117,7 @@ class Activation:
         return self.name if self.parameter is None else f"{self.name}({self.parameter:g})"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _named(name: str) -> Activation:
     return Activation(name)
 
@@ -171,7 +174,9 @@ class Problem:
 
         A tile may reach past the last row before its mask is applied, hence the margin.
         """
-        reach = sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True))
+        reach = sum(
+            (size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True)
+        )
         return max(reach, self.numel) >= 2**31 - 2**24
 
     @property
@@ -222,7 +227,7 @@ def canonical(
     inside = others[len(outside) :]
 
     def collapse(dims: list[int]) -> tuple[int, int] | None:
-        for first, second in zip(dims, dims[1:], strict=False):
+        for first, second in pairwise(dims):
             if strides[first] != strides[second] * shape[second]:
                 return None
         return math.prod(shape[d] for d in dims), strides[dims[-1]] if dims else 0
@@ -371,7 +376,9 @@ def check(
         if tensor.numel() != channels:
             raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
         if tensor.dim() != 1:
-            raise RuntimeError(f"{name} should have 1 dimension, but has shape {list(tensor.shape)}")
+            raise RuntimeError(
+                f"{name} should have 1 dimension, but has shape {list(tensor.shape)}"
+            )
         if tensor.device != device:
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but {name} is on {tensor.device}, "

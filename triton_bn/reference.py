@@ -84,6 +84,12 @@ def _reduced(x: Tensor) -> list[int]:
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations of each channel: two tensors (C,) of the accumulation dtype."""
+    base, offset, m2 = _moments(x)
+    return base + offset, m2
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean in two parts, that their sum would round, and the sum of squared deviations from it."""
     x = x.to(accumulator(x.dtype))
     # Relative to a channel's first value, then to the mean found there: sums of many values far from
     # zero would be some roundings off, and constant channels would not come out as they are.
@@ -93,7 +99,36 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x - _channelwise(mean, x)
     rest = x.mean(_reduced(x))
     m2 = (x - _channelwise(rest, x)).square().sum(_reduced(x))
-    return base.reshape(-1) + (mean + rest), m2
+    return base.reshape(-1), mean + rest, m2
+
+
+def row(x: Tensor, tag: int) -> Tensor:
+    """The row (:mod:`triton_bn.sync`) of x, (2 * C + 2,) of float64: mean, M2, count and tag."""
+    base, offset, m2 = (t.double() for t in _moments(x))
+    return torch.cat([base + offset, m2, m2.new_tensor([x.numel() // x.shape[1], tag])])
+
+
+def merge(
+    rows: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+) -> Tensor:
+    """The rows of all ranks, (ranks, 2 * C + 2), merged by Chan's rule; running statistics advance.
+
+    Returns:
+        Mean, biased variance and the count of all (3, C), in float64.
+    """
+    channels = rows.shape[1] // 2 - 1
+    mean, m2, counts = rows[:, :channels], rows[:, channels:-2], rows[:, -2:-1]
+    count = counts.sum()
+    centre = (counts * mean).sum(0) / count.clamp_min(1)
+    m2 = (m2 + counts * (mean - centre).square()).sum(0)
+    if count == 0:
+        running_mean = running_var = None
+    update_running(centre, m2, count, running_mean, running_var, num_batches_tracked, momentum)
+    return torch.stack([centre, m2 / count.clamp_min(1), count.expand_as(m2)])
 
 
 def update_running(
@@ -202,8 +237,8 @@ def _gradient(
     if activation is None:
         return g
     if packed is not None:
-        low = activation.parameter if activation.name == "leaky_relu" else 0.0
-        return torch.where(unpack(packed, x), g, low * g)
+        low = torch.zeros_like(g) if activation.parameter is None else g * activation.parameter
+        return torch.where(unpack(packed, x), g, low)
     return gradient(g, _preactivation(x, stats[0], stats[1], weight, bias, residual), activation)
 
 
@@ -325,7 +360,7 @@ def _block(x: Tensor) -> tuple[tuple[int, int, int], list[int]]:
     layout = torch.empty_like(x, device="meta")
     view = canonical(tuple(layout.shape), layout.stride())
     assert view is not None, "a dense tensor always has its canonical view"
-    return view[0], sorted(range(x.dim()), key=lambda d: (-layout.stride(d), d))
+    return view[0], sorted(range(x.dim()), key=lambda d: (-int(layout.stride(d)), d))
 
 
 def pack(bit: Tensor, x: Tensor) -> Tensor:

@@ -1,23 +1,26 @@
 """One batch on many processes: what they exchange, and how they find out that they do not fit together.
 
-The only caller of torch.distributed's collectives. A training step makes two for each layer: the forward
-gathers a *row* of every rank, the backward adds up the ranks' sums::
+The only caller of torch.distributed's collectives. A training step makes two for each layer: the
+forward gathers a *row* of every rank, the backward adds up the ranks' sums::
 
     row   [2 * C + 2]  float64: mean and M2 of each channel, the count of values, a tag (the dtype)
     sums  [2, C]       float32, or float64 for float64 input: sum(g) and sum(g * (x - mean))
 
-Rows are of one length and dtype whatever the input's, so that ranks that disagree about anything but
-the number of channels still meet in one collective, and learn it from the tags. float64 holds any count
-exactly, and keeps the digits that the ranks' means have in common out of the merged variance. As the
-ranks' numbers of channels decide the length, those are compared beforehand: one more collective at
-the first step of each layer in each group (:meth:`Ranks.agree`). A rank whose arguments are wrong takes
-part nevertheless, with a tag that says so, and then raises (:meth:`Ranks.together`); so all ranks raise,
-and none waits for it. What else may go wrong on a rank (out of memory, say) leaves the others
-to the process group's timeout.
+Rows are merged by Chan's rule (:func:`triton_bn.reference.merge`). In float64 they hold any count
+exactly and, for inputs of up to 32 bits, all the digits by which two ranks' means differ.
 
-On a GPU nobody looks at a row, since that would make the host wait: there a device assertion says what an
-exception says on a CPU. The collectives run in the current stream, so the host never waits for them either;
-what of a layer's work needs no other rank (dweight, dbias) is done before its collective starts.
+Rows are of one length and dtype whatever the input's, so that ranks that disagree about anything but
+the number of channels still meet in one collective, and learn it from the tags. As the numbers of
+channels decide the length, they are compared beforehand: one more collective at the first step of
+each layer in each group (:meth:`Ranks.agree`). A rank whose arguments are wrong takes part
+nevertheless, with a tag that says so, and then raises (:meth:`Ranks.together`); so all ranks raise,
+and none waits for it. What else may go wrong on a rank (out of memory, say) leaves the others to the
+process group's timeout.
+
+On a GPU nobody looks at a row, since that would make the host wait: there a device assertion says
+what an exception says on a CPU. The collectives are queued in the current stream, so the host does
+not wait for them either. There is no work to overlap them with: what of a layer's work needs no other
+rank (the moments; dweight and dbias) comes out of the pass before the collective.
 """
 
 from __future__ import annotations
@@ -68,7 +71,7 @@ class Ranks:
     @classmethod
     def named(cls, name: str, x: Tensor, ask: bool) -> Ranks:
         """Those of the group of a name, for an input: operators take names, not groups."""
-        group = dist.distributed_c10d._resolve_process_group(name)
+        group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined, arg-type]
         return cls(group, x.shape[1], x.device, ask)
 
     def agree(self) -> None:
@@ -82,7 +85,9 @@ class Ranks:
         own = torch.tensor([self.channels], device=self.device)
         channels = self._gather(own).tolist()
         if len(set(channels)) > 1:
-            raise RuntimeError(f"SyncBatchNorm: the ranks disagree on num_features: {_by_rank(channels)}")
+            raise RuntimeError(
+                f"SyncBatchNorm: the ranks disagree on num_features: {_by_rank(channels)}"
+            )
 
     def gather(self, row: Tensor) -> Tensor:
         """All ranks' rows (ranks, 2 * C + 2), in the ranks' order."""
@@ -111,10 +116,14 @@ class Ranks:
         counts, tags = rows[:, -2].tolist(), rows[:, -1].int().tolist()
         failed = [rank for rank, tag in enumerate(tags) if tag == FAILED]
         if failed:
-            raise RuntimeError(f"SyncBatchNorm: rank {', '.join(map(str, failed))} of the group raised an error")
+            raise RuntimeError(
+                f"SyncBatchNorm: rank {', '.join(map(str, failed))} of the group raised an error"
+            )
         if len(set(tags)) > 1:
             names = [str(dtypes[tag]).removeprefix("torch.") for tag in tags]
-            raise RuntimeError(f"SyncBatchNorm: the ranks disagree on the input's dtype: {_by_rank(names)}")
+            raise RuntimeError(
+                f"SyncBatchNorm: the ranks disagree on the input's dtype: {_by_rank(names)}"
+            )
         if sum(counts) == 1:
             raise ValueError(
                 "Expected more than 1 value per channel when training, got 1 on all ranks together"

@@ -101,7 +101,9 @@ def store_parameters(dparameters, sums, p_stats, channel, mask, channels, T: tl.
         dweight = tl.cast(sums.product * invstd, dparameters[0].dtype.element_ty)
         tl.store(dparameters[0] + channel, dweight, mask=mask)
     if dparameters[1] is not None:
-        tl.store(dparameters[1] + channel, tl.cast(sums.g, dparameters[1].dtype.element_ty), mask=mask)
+        tl.store(
+            dparameters[1] + channel, tl.cast(sums.g, dparameters[1].dtype.element_ty), mask=mask
+        )
 
 
 @triton.jit
@@ -114,7 +116,18 @@ def project(sums, count, invstd, columns, first, T: tl.constexpr):
 
 @triton.jit
 def store_gradients(
-    g, x, p_dx, p_dresidual, n, n_end, row, columns, affine, lost, RAGGED: tl.constexpr, T: tl.constexpr
+    g,
+    x,
+    p_dx,
+    p_dresidual,
+    n,
+    n_end,
+    row,
+    columns,
+    affine,
+    lost,
+    RAGGED: tl.constexpr,
+    T: tl.constexpr,
 ):
     """Writes dresidual and dx of one tile. ``lost`` is None for running statistics."""
     if p_dresidual is not None:
@@ -170,7 +183,17 @@ def reduce_item(
 
 @triton.jit
 def backward_reduce_kernel(
-    p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_partials, sizes, strides, partial, T: tl.constexpr
+    p_dy,
+    p_x,
+    p_residual,
+    p_bits,
+    parameters,
+    p_stats,
+    p_partials,
+    sizes,
+    strides,
+    partial,
+    T: tl.constexpr,
 ):
     """The first launch of split: every :func:`reduce_item`."""
     n_blocks = tl.cdiv(row_length(sizes[1], sizes[2], T), T.K)
@@ -227,7 +250,9 @@ def apply_item(
                 x = load_chunk(
                     p_x, n, n_end, strides[0], columns.offset, columns, 1, True, "evict_first", T
                 )
-            g = gradient_tile(dy[0], x[0], p_residual, p_bits, n, n_end, row, columns, affine, True, T)
+            g = gradient_tile(
+                dy[0], x[0], p_residual, p_bits, n, n_end, row, columns, affine, True, T
+            )
             store_gradients(
                 g, x[0], p_dx, p_dresidual, n, n_end, row, columns, affine, lost, True, T
             )
@@ -282,5 +307,16 @@ def backward_kernel(
         lost = project(sums, sizes[0] * T.INNER, invstd, columns, first, T)
     for u in tl.static_range(DEPTH):
         store_gradients(
-            g[u], x[u], p_dx, p_dresidual, u * T.R, sizes[0], row, columns, affine, lost, T.RAGGED, T
+            g[u],
+            x[u],
+            p_dx,
+            p_dresidual,
+            u * T.R,
+            sizes[0],
+            row,
+            columns,
+            affine,
+            lost,
+            T.RAGGED,
+            T,
         )

@@ -6,7 +6,13 @@ import triton
 import triton.language as tl
 
 from triton_bn.kernels.activation import activate, steep
-from triton_bn.kernels.moments import Moments, chunk_moments, fold_moments, load_base, merge_partials
+from triton_bn.kernels.moments import (
+    Moments,
+    chunk_moments,
+    fold_moments,
+    load_base,
+    merge_partials,
+)
 from triton_bn.kernels.tile import (
     double,
     load_channel,
@@ -68,7 +74,17 @@ def store_bits(p_bits, bit, n, n_end, row, columns, T: tl.constexpr):
 
 @triton.jit
 def transform_tile(
-    x, p_y, p_residual, p_bits, n, n_end, row, columns, affine, RAGGED: tl.constexpr, T: tl.constexpr
+    x,
+    p_y,
+    p_residual,
+    p_bits,
+    n,
+    n_end,
+    row,
+    columns,
+    affine,
+    RAGGED: tl.constexpr,
+    T: tl.constexpr,
 ):
     """Writes activation(z) of one tile, and where p_bits is given, whether its slope is 1."""
     z = preactivation(x, affine, p_residual, n, n_end, row, columns, RAGGED, "evict_first", T)
@@ -145,7 +161,9 @@ def normalize_item(
                 x[u], p_y, p_residual, p_bits, n + u * T.R, n_end, row, columns, affine, False, T
             )
     for n in range(n_ragged, n_end, T.R):
-        x = load_chunk(p_x, n, n_end, strides[0], columns.offset, columns, 1, True, "evict_first", T)
+        x = load_chunk(
+            p_x, n, n_end, strides[0], columns.offset, columns, 1, True, "evict_first", T
+        )
         transform_tile(x[0], p_y, p_residual, p_bits, n, n_end, row, columns, affine, True, T)
 
 

@@ -94,7 +94,9 @@ def load(p, offsets, mask, MASKED: tl.constexpr, POLICY: tl.constexpr):
 
 
 @triton.jit
-def load_dense(p, n, n_end, row, columns, RAGGED: tl.constexpr, POLICY: tl.constexpr, T: tl.constexpr):
+def load_dense(
+    p, n, n_end, row, columns, RAGGED: tl.constexpr, POLICY: tl.constexpr, T: tl.constexpr
+):
     """A tile of a dense tensor."""
     offsets = tile_offsets(n, row, columns.k, T.VECTOR, T)
     mask = tile_mask(n, n_end, columns.mask, RAGGED, T)

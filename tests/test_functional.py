@@ -22,7 +22,6 @@ from triton_bn.functional import batch_norm
 path = oracle.path
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-#: "resident" is the heuristic's choice for tensors as small as these.
 EACH_DRIVER = pytest.mark.parametrize("driver", ["resident", "split", "streamed"])
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 ACTIVATIONS = (*oracle.ACTIVATIONS, Activation("leaky_relu", 0.2), Activation("elu", 0.5))
@@ -130,7 +129,9 @@ def results(
     return got
 
 
-def check(inputs: Inputs, training: bool, path: Path, *, rms: bool = True, **options: object) -> dict[str, Tensor]:
+def check(
+    inputs: Inputs, training: bool, path: Path, *, rms: bool = True, **options: object
+) -> dict[str, Tensor]:
     """A call's results, compared with the oracle's."""
     got = results(inputs, training, **options)
     options.pop("needs", None)
@@ -197,7 +198,7 @@ class Case:
     eps: float
     offset: float
     scale: float
-    plan: int
+    plan: int | None
     seed: int
 
     def inputs(self) -> Inputs:
@@ -211,12 +212,17 @@ class Case:
         }
         residual = None
         if self.residual is not None:
-            residual = oracle.arrange(randn(*self.shape, seed=self.seed + 5).to(self.dtype), self.residual)
+            residual = oracle.arrange(
+                randn(*self.shape, seed=self.seed + 5).to(self.dtype), self.residual
+            )
         return Inputs(
             x=oracle.arrange(x.to(self.dtype), self.layout),
             residual=residual,
             dy=oracle.arrange(randn(*self.shape, seed=self.seed + 6).to(self.dtype), self.dy),
-            **{k: v.to(self.parameters) if k in self.present else None for k, v in parameters.items()},
+            **{
+                k: v.to(self.parameters) if k in self.present else None
+                for k, v in parameters.items()
+            },
         )
 
 
@@ -225,7 +231,9 @@ def shapes() -> st.SearchStrategy[tuple[int, ...]]:
     size = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 13])
     channels = st.sampled_from([1, 2, 3, 5, 8, 13, 16, 31, 64])
     images = st.integers(0, 4).flatmap(lambda spatial: st.tuples(size, channels, *[size] * spatial))
-    usual = st.tuples(st.integers(1, 12), channels, st.sampled_from([7, 14]), st.sampled_from([7, 14]))
+    usual = st.tuples(
+        st.integers(1, 12), channels, st.sampled_from([7, 14]), st.sampled_from([7, 14])
+    )
     long = st.tuples(st.integers(300, 4000), st.integers(1, 4))
     long_with_space = st.tuples(st.integers(100, 1000), st.integers(1, 4), st.integers(1, 5))
     wide = st.tuples(st.integers(1, 4), st.integers(100, 400), st.integers(1, 4))
@@ -248,7 +256,9 @@ def cases(draw: st.DrawFn) -> Case:
         shape=draw(shapes()),
         layout=draw(layouts),
         dtype=dtype,
-        parameters=draw(st.sampled_from([dtype, dtype if dtype == torch.float64 else torch.float32])),
+        parameters=draw(
+            st.sampled_from([dtype, dtype if dtype == torch.float64 else torch.float32])
+        ),
         present=frozenset(present),
         residual=draw(st.none() | layouts),
         dy=draw(layouts),
@@ -258,7 +268,7 @@ def cases(draw: st.DrawFn) -> Case:
         eps=draw(st.sampled_from([1e-5, 1e-3, 0.5])),
         offset=draw(st.sampled_from([0.0, 0.0, 1.0, -30.0])),
         scale=draw(st.sampled_from([1.0, 1.0, 0.05, 4.0])),
-        plan=draw(st.integers(0, 19)),
+        plan=draw(st.none() | st.integers(0, 60)),
         seed=draw(st.integers(0, 1000)),
     )
 
@@ -274,7 +284,9 @@ def test_any_input_agrees_with_float64(path: Path, case: Case) -> None:
         activation=case.activation, momentum=case.momentum, eps=case.eps, rms=not repeated,
     )  # fmt: skip
     for name in ("y", "dx"):
-        assert layout(got[name]) == layout(torch.empty_like(inputs.x)), f"{name} has another layout than x"
+        assert layout(got[name]) == layout(torch.empty_like(inputs.x)), (
+            f"{name} has another layout than x"
+        )
 
 
 def test_the_oracle_agrees_with_pytorch(device: torch.device) -> None:
@@ -285,9 +297,14 @@ def test_the_oracle_agrees_with_pytorch(device: torch.device) -> None:
             inputs.x, inputs.running_mean, inputs.running_var, inputs.weight, inputs.bias, training,
             residual=inputs.residual, dy=inputs.dy, activation=activation,
         )  # fmt: skip
-        leaves = [t.requires_grad_() for t in (inputs.x, inputs.weight, inputs.bias, inputs.residual)]
+        leaves = [
+            t.requires_grad_() for t in (inputs.x, inputs.weight, inputs.bias, inputs.residual)
+        ]
         x, weight, bias, residual = leaves
-        y = F.batch_norm(x, inputs.running_mean, inputs.running_var, weight, bias, training) + residual
+        y = (
+            F.batch_norm(x, inputs.running_mean, inputs.running_var, weight, bias, training)
+            + residual
+        )
         y = oracle.activate(y, Activation.of(activation))
         gradients = torch.autograd.grad(y, leaves, inputs.dy)
         got = dict(zip(["y", "dx", "dweight", "dbias", "dresidual"], [y, *gradients], strict=True))
@@ -403,8 +420,26 @@ def test_nan_and_infinity_stay_in_their_channel(path: Path, driver: str, trainin
             assert not got["running_mean"][poisoned].isfinite().any()
 
 
-@MODES
 @EACH_DRIVER
+def test_each_driver_runs_kernels_of_its_own(path: Path, driver: str) -> None:
+    """So that the tests of a driver above are tests of that driver."""
+    path.driver = driver
+    results(Inputs.of(20, 3, 7).to(path.device), True)
+    kernels = {
+        "resident": ["forward_kernel", "backward_kernel"],
+        "split": [
+            "moments_kernel", "normalize_kernel", "backward_reduce_kernel", "backward_apply_kernel",
+        ],
+        "streamed": ["forward_streamed_kernel", "backward_streamed_kernel"],
+    }  # fmt: skip
+    assert path.launches == (kernels[driver] if path.name == "kernels" else [])
+
+
+@pytest.mark.parametrize(
+    ("driver", "training"),
+    [("resident", True), ("split", True), ("streamed", True), ("split", False)],
+    ids=["resident", "split", "streamed", "eval"],
+)
 def test_the_same_call_gives_the_same_bits(path: Path, driver: str, training: bool) -> None:
     path.driver = driver
     for layout in ("contiguous", "channels_last"):
@@ -431,13 +466,17 @@ def test_running_statistics_are_left_alone_in_eval_and_by_nobody_asking(path: Pa
 
 
 @MODES
-@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0), (2, 3, 4, 0), (2, 0), (2, 0, 4)])
+@pytest.mark.parametrize(
+    "shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0), (2, 3, 4, 0), (2, 0), (2, 0, 4)]
+)
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
 def test_an_empty_batch_has_zero_gradients_and_no_statistics(
     path: Path, shape: tuple[int, ...], activation: str | None, training: bool
 ) -> None:
     for dtype in (torch.float32, torch.float16):
-        inputs = Inputs.of(*shape, dtype=dtype, parameters=torch.float32, residual=True).to(path.device)
+        inputs = Inputs.of(*shape, dtype=dtype, parameters=torch.float32, residual=True).to(
+            path.device
+        )
         got = results(inputs, training, activation=activation)
         for name in ("x", "weight", "bias", "residual"):
             source, gradient = getattr(inputs, name), got[f"d{name}"]
@@ -480,7 +519,9 @@ def test_any_subset_of_inputs_may_want_a_gradient(
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
-def test_calls_before_backward_do_not_disturb_one_another(path: Path, activation: str | None) -> None:
+def test_calls_before_backward_do_not_disturb_one_another(
+    path: Path, activation: str | None
+) -> None:
     """In training and in eval by turns, with running statistics that move in between."""
     inputs = Inputs.of(5, 3, 4).to(path.device)
     leaves = [t.clone().requires_grad_() for t in (inputs.x, inputs.weight, inputs.bias)]
@@ -488,7 +529,12 @@ def test_calls_before_backward_do_not_disturb_one_another(path: Path, activation
     wanted, outputs = [], []
     for training, scale in ((True, 1.0), (False, 2.0), (True, 3.0), (False, 4.0)):
         now = Inputs(
-            inputs.x * scale, inputs.weight, inputs.bias, None, *(t.clone() for t in running), inputs.dy
+            inputs.x * scale,
+            inputs.weight,
+            inputs.bias,
+            None,
+            *(t.clone() for t in running),
+            inputs.dy,
         )
         wanted.append(results(now, training, activation=activation))
         outputs.append(
@@ -505,7 +551,9 @@ def test_calls_before_backward_do_not_disturb_one_another(path: Path, activation
 
 @MODES
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
-def test_the_gradient_of_y_may_have_any_layout(path: Path, activation: str | None, training: bool) -> None:
+def test_the_gradient_of_y_may_have_any_layout(
+    path: Path, activation: str | None, training: bool
+) -> None:
     layouts = ("contiguous", "channels_last", "transposed", "cropped", "misaligned")
     for layout, other in product(("contiguous", "channels_last"), layouts):
         inputs = Inputs.of(2, 3, 2, 5, layout=layout, residual=True)
@@ -525,7 +573,9 @@ def test_a_sum_can_be_differentiated(path: Path, training: bool) -> None:
     got = results(inputs, training, activation="silu")
     x = inputs.x.clone().requires_grad_()
     statistics = [t.clone() for t in inputs.statistics()]
-    batch_norm(x, *statistics, inputs.weight, inputs.bias, training, activation="silu").sum().backward()
+    batch_norm(
+        x, *statistics, inputs.weight, inputs.bias, training, activation="silu"
+    ).sum().backward()
     torch.testing.assert_close(x.grad, got["dx"], rtol=0, atol=1e-7)
 
 
@@ -605,12 +655,47 @@ def test_an_activation_is_pytorchs_at_every_special_point(
     Evaluation by mean 0 and variance 1 without eps hands x to the activation as it is.
     """
     activation = Activation.of(activation)
-    points = [0.0, -0.0, 1e-30, -1e-30, 1e-6, -1e-6, 1e-3, -1e-3, 0.3, -0.3, 1.0, -1.0, 3.0, -3.0, 6.0, -6.0]
-    points += [2.999, -2.999, 3.001, -3.001, 10.0, -10.0, 20.0, -20.0, 20.5, 30.0, -30.0, 88.0, -88.0, 100.0]
+    points = [
+        0.0,
+        -0.0,
+        1e-30,
+        -1e-30,
+        1e-6,
+        -1e-6,
+        1e-3,
+        -1e-3,
+        0.3,
+        -0.3,
+        1.0,
+        -1.0,
+        3.0,
+        -3.0,
+        6.0,
+        -6.0,
+    ]
+    points += [
+        2.999,
+        -2.999,
+        3.001,
+        -3.001,
+        10.0,
+        -10.0,
+        20.0,
+        -20.0,
+        20.5,
+        30.0,
+        -30.0,
+        88.0,
+        -88.0,
+        100.0,
+    ]
     points += [-100.0, 1e4, -1e4, 1e30, -1e30]
     special = [math.nan, math.inf, -math.inf]
     x = torch.tensor(points + special, dtype=dtype, device=path.device)[:, None]
-    statistics = torch.zeros(1, dtype=dtype, device=path.device), torch.ones(1, dtype=dtype, device=path.device)
+    statistics = (
+        torch.zeros(1, dtype=dtype, device=path.device),
+        torch.ones(1, dtype=dtype, device=path.device),
+    )
     for residual in (None, torch.zeros_like(x)):
         leaf = x.clone().requires_grad_()
         y = batch_norm(leaf, *statistics, eps=0.0, residual=residual, activation=activation)
@@ -628,7 +713,7 @@ def test_an_activation_is_pytorchs_at_every_special_point(
         got = y.detach()[n:].double().cpu()
         for mine, *allowed in zip(got, theirs, want[n:], strict=True):
             assert any(torch.equal(mine.nan_to_num(7.0), a.nan_to_num(7.0)) for a in allowed)
-        assert slope[n].isnan() or want_slope[n] == slope[n].item()
+        assert slope[n].isnan() or torch.isclose(slope[n].double().cpu(), want_slope[n])
 
 
 @EACH_ACTIVATION
@@ -640,7 +725,9 @@ def test_an_activation_is_pytorchs_at_every_special_point(
 def test_gradcheck(
     path: Path, activation: str | Activation, layout: str, residual: bool, training: bool
 ) -> None:
-    inputs = Inputs.of(3, 2, 4, dtype=torch.float64, layout=layout, residual=residual).to(path.device)
+    inputs = Inputs.of(3, 2, 4, dtype=torch.float64, layout=layout, residual=residual).to(
+        path.device
+    )
 
     def call(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
         statistics = [t.clone() for t in inputs.statistics()]
@@ -649,13 +736,17 @@ def test_gradcheck(
         )
 
     leaves = [getattr(inputs, name) for name in LEAVES[: 3 + residual]]
-    assert torch.autograd.gradcheck(call, [leaf.requires_grad_() for leaf in leaves], fast_mode=True)
+    assert torch.autograd.gradcheck(
+        call, [leaf.requires_grad_() for leaf in leaves], fast_mode=True
+    )
 
 
 # What is kept for backward.
 
 
-def kept(inputs: Inputs, training: bool, activation: str | None, needs: tuple[str, ...] = LEAVES) -> list[Tensor]:
+def kept(
+    inputs: Inputs, training: bool, activation: str | None, needs: tuple[str, ...] = LEAVES
+) -> list[Tensor]:
     """The tensors kept for backward that are not a channel's vectors, one for each storage."""
     tensors: dict[int, Tensor] = {}
 
@@ -698,7 +789,9 @@ def test_with_a_residual_and_two_slopes_backward_keeps_x_and_a_bit_a_value(
 
 
 @MODES
-@pytest.mark.parametrize("activation", ["silu", "hardswish", "gelu", "elu", "mish", "sigmoid", "tanh"])
+@pytest.mark.parametrize(
+    "activation", ["silu", "hardswish", "gelu", "elu", "mish", "sigmoid", "tanh"]
+)
 def test_with_a_residual_and_another_activation_backward_keeps_x_and_the_residual_itself(
     path: Path, activation: str, training: bool
 ) -> None:
@@ -708,7 +801,9 @@ def test_with_a_residual_and_another_activation_backward_keeps_x_and_the_residua
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-def test_with_frozen_parameters_in_eval_backward_does_not_keep_x(path: Path, residual: bool) -> None:
+def test_with_frozen_parameters_in_eval_backward_does_not_keep_x(
+    path: Path, residual: bool
+) -> None:
     inputs = Inputs.of(2, 8, 4, 4, residual=residual).to(path.device)
     assert kept(inputs, False, None, needs=("x", "residual")) == []
     (bits,) = kept(inputs, False, "relu", needs=("x", "residual"))
@@ -802,7 +897,10 @@ def test_bad_input_raises_what_pytorch_raises_and_changes_nothing(path: Path, na
         assert not isinstance(now, Tensor) or now.is_meta or torch.equal(now.detach(), then)
     assert not path.launches
     # PyTorch itself may have written to the running statistics by the time it notices.
-    theirs = [a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in arguments]
+    theirs = [
+        a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a
+        for a in arguments
+    ]
     with pytest.raises(error) as expected:
         F.batch_norm(*theirs, **keywords)
     assert type(ours.value) is type(expected.value)
@@ -839,7 +937,9 @@ def test_a_residual_that_cannot_be_added_is_an_error_before_anything_changes(
     ],
     ids=str,
 )
-def test_an_activation_that_is_not_known_is_an_error(path: Path, activation: object, words: str) -> None:
+def test_an_activation_that_is_not_known_is_an_error(
+    path: Path, activation: object, words: str
+) -> None:
     mean, var = (t.to(path.device) for t in statistics())
     with pytest.raises(ValueError, match=words):
         batch_norm(X.to(path.device), mean, var, training=True, activation=activation)

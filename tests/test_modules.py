@@ -32,7 +32,9 @@ PAIRS = [
 EACH_PAIR = pytest.mark.parametrize(
     ("ours", "twin", "shape"), PAIRS, ids=["1d (N, C)", "1d (N, C, L)", "2d", "3d"]
 )
-EACH_CLASS = pytest.mark.parametrize(("ours", "twin"), [pair[:2] for pair in PAIRS[1:]], ids=["1d", "2d", "3d"])
+EACH_CLASS = pytest.mark.parametrize(
+    ("ours", "twin"), [pair[:2] for pair in PAIRS[1:]], ids=["1d", "2d", "3d"]
+)
 
 #: Constructor arguments after num_features.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -50,7 +52,9 @@ EACH_OPTIONS = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def build(kind: type[nn.Module], device: torch.device, seed: int = 0, **options: Any) -> Any:
@@ -160,7 +164,9 @@ def test_without_momentum_the_counter_is_not_read_on_the_host(path: Path) -> Non
     class Reads(TorchDispatchMode):
         count = 0
 
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             self.count += function is torch.ops.aten._local_scalar_dense.default
             return function(*args, **(kwargs or {}))
 
@@ -231,7 +237,9 @@ def test_the_activation_is_an_attribute_of_the_layer() -> None:
 
 
 @EACH_CLASS
-def test_the_constructor_takes_what_the_twins_takes_and_an_activation(ours: type, twin: type) -> None:
+def test_the_constructor_takes_what_the_twins_takes_and_an_activation(
+    ours: type, twin: type
+) -> None:
     mine = dict(inspect.signature(ours.__init__).parameters)
     theirs = inspect.signature(twin.__init__).parameters
     activation = mine.pop("activation")
@@ -296,7 +304,12 @@ def test_parameters_and_buffers_are_made_as_the_twins(
 def test_a_layer_without_bias_works_where_pytorch_has_no_such_argument(path: Path) -> None:
     layer = build(triton_bn.BatchNorm1d, path.device, bias=False)
     assert layer.bias is None
-    assert list(layer.state_dict()) == ["weight", "running_mean", "running_var", "num_batches_tracked"]
+    assert list(layer.state_dict()) == [
+        "weight",
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    ]
     x = randn(5, 3).to(path.device)
     want = F.batch_norm(x, None, None, layer.weight, None, True)
     torch.testing.assert_close(layer(x), want, rtol=1e-12, atol=1e-12)
@@ -310,7 +323,10 @@ def test_a_layer_without_bias_works_where_pytorch_has_no_such_argument(path: Pat
 def test_a_state_dict_goes_both_ways(
     ours: type, twin: type, options: dict[str, Any], device: torch.device
 ) -> None:
-    sources = build(ours, device, activation="relu", **options), build(twin, device, seed=5, **options)
+    sources = (
+        build(ours, device, activation="relu", **options),
+        build(twin, device, seed=5, **options),
+    )
     for source in sources:
         if source.running_mean is not None:
             source.running_mean.copy_(randn(3, seed=7))
@@ -338,7 +354,9 @@ def test_a_state_dict_from_before_the_counter_loads(device: torch.device) -> Non
 
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_a_copy_computes_the_same_and_is_its_own(path: Path, way: Callable[[Any], Any]) -> None:
-    layer = build(triton_bn.BatchNorm2d, path.device, activation=Activation("leaky_relu", 0.2), momentum=None)
+    layer = build(
+        triton_bn.BatchNorm2d, path.device, activation=Activation("leaky_relu", 0.2), momentum=None
+    )
     x = randn(4, 3, 2, 5).to(path.device)
     layer(x)
     twin = way(layer)
@@ -392,7 +410,9 @@ def test_calls_in_training_and_eval_before_one_backward(path: Path) -> None:
 def test_an_empty_batch_counts_as_it_counts_for_the_twin(
     path: Path, shape: tuple[int, ...], training: bool
 ) -> None:
-    layer, other = (build(k, path.device).train(training) for k in (triton_bn.BatchNorm1d, nn.BatchNorm1d))
+    layer, other = (
+        build(k, path.device).train(training) for k in (triton_bn.BatchNorm1d, nn.BatchNorm1d)
+    )
     x = torch.empty(shape, dtype=torch.float64, device=path.device)
     assert_same_step(layer, other, x, x.clone())
 

@@ -14,7 +14,15 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from triton_bn.problem import ACTIVATIONS, Activation, Problem, aligned_like, canonical, check, describe
+from triton_bn.problem import (
+    ACTIVATIONS,
+    Activation,
+    Problem,
+    aligned_like,
+    canonical,
+    check,
+    describe,
+)
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -71,9 +79,15 @@ def numbered(draw: st.DrawFn) -> Tensor:
         sizes[d] = before[d] + shape[d] * steps[d] + draw(st.sampled_from([0, 0, 0, 1]))
     offset = draw(st.integers(0, 3))
     storage = torch.arange(offset + math.prod(sizes), dtype=torch.float64)
-    block = storage[offset:].view([sizes[d] for d in order]).permute([order.index(d) for d in range(rank)])
+    block = (
+        storage[offset:]
+        .view([sizes[d] for d in order])
+        .permute([order.index(d) for d in range(rank)])
+    )
     x = block[tuple(slice(b, b + n * s, s) for b, n, s in zip(before, shape, steps, strict=True))]
-    expanded = draw(st.none() | st.sampled_from([d for d in range(rank) if shape[d] == 1] or [None]))
+    expanded = draw(
+        st.none() | st.sampled_from([d for d in range(rank) if shape[d] == 1] or [None])
+    )
     if expanded is not None:
         shape[expanded] = draw(st.integers(2, 4))
         x = x.expand(shape)
@@ -123,7 +137,9 @@ def test_a_problem_reads_x_in_the_order_in_which_its_outputs_lie(x: Tensor) -> N
     assert torch.equal(read, output.as_strided(problem.sizes, dense))
     assert problem.dense == (problem.strides == dense)
     strides = zip(x.shape, output.stride(), torch.empty_like(x).stride(), strict=True)
-    assert all(size == 1 or mine == theirs for size, mine, theirs in strides), "another layout than x"
+    assert all(size == 1 or mine == theirs for size, mine, theirs in strides), (
+        "another layout than x"
+    )
 
 
 @given(x=numbered())
@@ -136,7 +152,9 @@ def test_what_is_read_in_one_access_is_adjacent_and_aligned(x: Tensor) -> None:
         assert width <= 16
         assert problem.vector & (problem.vector - 1) == 0
         rows = range(problem.outer)
-        assert all((seen.data_ptr() + n * problem.strides[0] * dtype.itemsize) % width == 0 for n in rows)
+        assert all(
+            (seen.data_ptr() + n * problem.strides[0] * dtype.itemsize) % width == 0 for n in rows
+        )
         assert all(n * problem.row % problem.vector == 0 for n in rows)
 
 
@@ -151,7 +169,14 @@ def test_a_dense_image_is_read_in_whole_16_byte_accesses(dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize(
     "layout",
-    ["contiguous", "channels_last", "transposed", "reversed", "sliced_channels", "sliced_channels_last"]
+    [
+        "contiguous",
+        "channels_last",
+        "transposed",
+        "reversed",
+        "sliced_channels",
+        "sliced_channels_last",
+    ]
     + ["strided_batch", "strided_channels", "misaligned"],
 )
 def test_an_input_with_a_view_is_not_copied(layout: str) -> None:
@@ -160,14 +185,20 @@ def test_an_input_with_a_view_is_not_copied(layout: str) -> None:
     assert seen is x
 
 
-@pytest.mark.parametrize("layout", ["cropped", "expanded_batch", "expanded_space", "expanded_channels"])
+@pytest.mark.parametrize(
+    "layout", ["cropped", "expanded_batch", "expanded_space", "expanded_channels"]
+)
 def test_an_input_without_a_view_has_none(layout: str) -> None:
     assert view(oracle.arrange(torch.randn(4, 6, 5, 3), layout)) is None
 
 
 def test_64_bit_offsets_are_taken_exactly_where_32_bits_would_not_do() -> None:
-    def problem(sizes: tuple[int, int, int], strides: tuple[int, int, int] | None = None) -> Problem:
-        return Problem("forward", *sizes, strides or (sizes[1] * sizes[2], sizes[2], 1), torch.float16)
+    def problem(
+        sizes: tuple[int, int, int], strides: tuple[int, int, int] | None = None
+    ) -> Problem:
+        return Problem(
+            "forward", *sizes, strides or (sizes[1] * sizes[2], sizes[2], 1), torch.float16
+        )
 
     assert not problem((256, 256, 56 * 56)).wide
     assert not problem((1, 1, 2**30)).wide
@@ -260,9 +291,13 @@ def test_a_parameter_that_an_activation_does_not_take_is_an_error(name: str) -> 
 
 
 @pytest.mark.parametrize(
-    "activation", [*ACTIVATIONS, Activation("leaky_relu", 0.3), Activation("leaky_relu", 1.0)], ids=str
+    "activation",
+    [*ACTIVATIONS, Activation("leaky_relu", 0.3), Activation("leaky_relu", 1.0)],
+    ids=str,
 )
-def test_one_bit_a_value_is_enough_exactly_where_there_are_two_slopes(activation: str | Activation) -> None:
+def test_one_bit_a_value_is_enough_exactly_where_there_are_two_slopes(
+    activation: str | Activation,
+) -> None:
     activation = Activation.of(activation)
     slopes = oracle.slope(torch.linspace(-8, 8, 1001, dtype=torch.float64), activation).unique()
     assert activation.two_slopes == (len(slopes) <= 2)
@@ -274,7 +309,9 @@ def test_one_bit_a_value_is_enough_exactly_where_there_are_two_slopes(activation
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_every_combination_that_pytorch_takes_passes(dtype: torch.dtype, training: bool) -> None:
-    for parameters, present in product({dtype, torch.float32 if dtype.itemsize == 2 else dtype}, range(8)):
+    for parameters, present in product(
+        {dtype, torch.float32 if dtype.itemsize == 2 else dtype}, range(8)
+    ):
         mean, var, weight, bias = (torch.ones(3, dtype=parameters) for _ in range(4))
         if not training and not present & 4:
             continue

@@ -19,8 +19,14 @@ from triton_bn.functional import batch_norm
 path = oracle.path
 
 OPERATORS = [op for op in op_db if op.name == "nn.functional.batch_norm"]
-MODULES = [info for info in module_db if info.name in ("nn.BatchNorm1d", "nn.BatchNorm2d", "nn.BatchNorm3d")]
-EACH_OPERATOR = pytest.mark.parametrize("op", OPERATORS, ids=lambda op: op.variant_test_name or "default")
+MODULES = [
+    info
+    for info in module_db
+    if info.name in ("nn.BatchNorm1d", "nn.BatchNorm2d", "nn.BatchNorm3d")
+]
+EACH_OPERATOR = pytest.mark.parametrize(
+    "op", OPERATORS, ids=lambda op: op.variant_test_name or "default"
+)
 EACH_MODULE = pytest.mark.parametrize("info", MODULES, ids=lambda info: info.name)
 EACH_DTYPE = pytest.mark.parametrize(
     "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
@@ -42,7 +48,9 @@ def assert_agrees(got: Tensor, want: Tensor, dtype: torch.dtype, path: Path, wha
     rtol, atol = (4 * unit, 32 * torch.finfo(torch.float32).eps * max(scale, 1))
     if dtype == torch.float64:
         rtol, atol = 1e-12, 1e-12 * max(scale, 1)
-    torch.testing.assert_close(got.double(), want, rtol=rtol, atol=atol, msg=lambda m: f"{what}: {m}")
+    torch.testing.assert_close(
+        got.double(), want, rtol=rtol, atol=atol, msg=lambda m: f"{what}: {m}"
+    )
 
 
 def leaves(values: list[Any]) -> list[Tensor]:
@@ -95,7 +103,11 @@ def test_samples_of_the_layers(path: Path, info: Any, dtype: torch.dtype, traini
         info, device=path.device, dtype=dtype, requires_grad=True, training=training
     ):
         made, called = sample.constructor_input, sample.forward_input
-        twin = info.module_cls(*made.args, **made.kwargs).to(path.device, torch.float64).train(training)
+        twin = (
+            info.module_cls(*made.args, **made.kwargs)
+            .to(path.device, torch.float64)
+            .train(training)
+        )
         ours = kind(*made.args, **made.kwargs, device=path.device, dtype=dtype).train(training)
         (x,), (wide,) = called.args, [double(a) for a in called.args]
         path.launches.clear()
@@ -123,9 +135,14 @@ def test_error_samples_of_the_layers(path: Path, info: Any) -> None:
     samples = info.module_error_inputs_func
     if samples is None:
         pytest.skip("this PyTorch has none")
-    errors = samples(info, device=path.device, dtype=torch.float32, requires_grad=False, training=True)
+    errors = samples(
+        info, device=path.device, dtype=torch.float32, requires_grad=False, training=True
+    )
     for error in errors:
-        made, called = error.module_error_input.constructor_input, error.module_error_input.forward_input
+        made, called = (
+            error.module_error_input.constructor_input,
+            error.module_error_input.forward_input,
+        )
         if error.error_on is ModuleErrorEnum.CONSTRUCTION_ERROR:
             with pytest.raises(error.error_type, match=error.error_regex):
                 kind(*made.args, **made.kwargs)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, NamedTuple
@@ -136,7 +137,7 @@ _BITS = {"half": 16, "bfloat": 16, "float": 32, "double": 64}
 
 @cache
 def accesses(compiled: Any, tensors: tuple[str, ...]) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes a thread of the narrowest load and of the narrowest store of each tensor that has any.
+    """Bytes of the loads, and of the stores, of each tensor that has any: those that move most of it.
 
     Args:
         tensors: names of the tensors that were passed, in their order.
@@ -146,8 +147,7 @@ def accesses(compiled: Any, tensors: tuple[str, ...]) -> tuple[dict[str, int], d
     assert definition is not None
     # Triton appends pointers of its own to those that a launch passes.
     owner = dict(zip(_POINTER.findall(definition[1]), tensors, strict=False))
-    loads: dict[str, int] = {}
-    stores: dict[str, int] = {}
+    found: tuple[dict[str, Counter[int]], ...] = ({}, {})
     for line in text[definition.end() : text.index("\n}", definition.end())].splitlines():
         pointer = _POINTER.search(line)
         if pointer is None:
@@ -156,9 +156,12 @@ def accesses(compiled: Any, tensors: tuple[str, ...]) -> tuple[dict[str, int], d
         if _DERIVES.match(operation):
             owner[result] = owner[pointer[1]]
         elif access := _access(line):
-            into, size = (stores if access[0] else loads), access[1]
-            name = owner[pointer[1]]
-            into[name] = min(into.get(name, size), size)
+            store, size = access
+            found[store].setdefault(owner[pointer[1]], Counter())[size] += size
+    loads, stores = (
+        {name: max(sizes, key=lambda size: (sizes[size], size)) for name, sizes in each.items()}
+        for each in found
+    )
     return loads, stores
 
 

@@ -219,8 +219,12 @@ def heuristic(problem: Problem, device: Device) -> Plan:
             if enough or programs >= 0.9 * device.processors:
                 return plan
             break
-    # channels_last has few programs (below): they need more warps to keep as many bytes in flight.
-    return _split(problem, device, 1, _depth(problem), 8 if problem.inner == 1 else 4)
+    # channels_last has few programs (below): they need more warps to keep as many bytes in flight. Where
+    # there are fewer rows than tiles in flight, longer tiles make fewer partials.
+    depth = _depth(problem)
+    return _split(
+        problem, device, 1, depth, 8 if problem.inner == 1 or problem.outer < depth else 4
+    )
 
 
 def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
@@ -273,9 +277,7 @@ def _resident(problem: Problem, device: Device) -> Iterator[Plan]:
         group *= 2
 
 
-def _resident_tile(
-    problem: Problem, device: Device, columns: int, most: int, fewest: int
-) -> Tile:
+def _resident_tile(problem: Problem, device: Device, columns: int, most: int, fewest: int) -> Tile:
     """Tiles of about 16 bytes a thread, larger where more than DEPTH of them would be needed.
 
     It has the ``most`` warps, or, where those were too many for the values there are, down to the ``fewest``.
@@ -326,16 +328,18 @@ def _tile(problem: Problem, device: Device, scale: int, depth: int, warps: int) 
         columns, programs = values, 8 * device.processors * scale
         if power_of_two(problem.outer) < depth:
             # There are not so many rows to have in flight: longer ones, then.
-            columns *= min(depth // power_of_two(problem.outer), 32 // vector)
+            columns *= min(max(depth, 4) // power_of_two(problem.outer), 32 // vector)
             depth = power_of_two(problem.outer)
     columns = max(min(columns, power_of_two(problem.row)), 8)
     while problem.inner > 1 and columns * _members(problem, columns) > MEMBERS * warps:
         columns //= 2
     while (
         problem.inner == 1
-        and columns > 2 * vector
+        and columns > max(2 * vector, 8)
         and -(-problem.row // columns) * _most_splits(problem, columns) < device.processors
     ):
+        columns //= 2
+    while columns > values and -(-problem.row // columns) < device.processors:
         columns //= 2
     blocks = -(-problem.row // columns)
     rows = max(min(values // columns, power_of_two(problem.outer)), 1)

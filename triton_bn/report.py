@@ -107,7 +107,7 @@ class KernelFacts:
     shared: int
     #: The share of a processor's warp slots that can be filled.
     occupancy: float
-    #: Bytes a thread of the narrowest access, by tensor.
+    #: Bytes of an access, by tensor: of those accesses that move most of it.
     loads: Mapping[str, int]
     stores: Mapping[str, int]
     #: Bytes of the tensors of the input's size (packed bits included) that are read or written.

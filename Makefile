@@ -42,7 +42,7 @@ lint: $(READY)
 
 # Runs every notebook from top to bottom and writes its outputs back.
 notebooks: $(READY)
-	$(PY) -m nbclient.cli --inplace notebooks/[0-9]*.ipynb
+	$(PY) -m nbclient.cli --inplace --NotebookClient.record_timing=False notebooks/[0-9]*.ipynb
 
 test-models: $(VENV_MODELS)/.ready
 	OMP_NUM_THREADS=1 $(VENV_MODELS)/bin/python -m pytest -m models

@@ -71,7 +71,7 @@ def _batch_norm(
 
     With ``ranks``, input is this process's part of a training batch.
     """
-    if torch.jit.is_tracing() and ranks is None:
+    if torch.jit.is_tracing() and ranks is None:  # type: ignore[attr-defined]
         # Sizes are tensors there: what PyTorch's own operators ask of them leaves no mark in the trace.
         return reference.composite(
             input, weight, bias, running_mean, running_var, num_batches_tracked, residual,

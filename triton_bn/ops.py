@@ -208,10 +208,11 @@ def backward(
             residual, packed, needs, share,
         )  # fmt: skip
     needs_x, needs_weight, needs_bias, needs_residual = needs
-    arguments = (dy, x, stats, weight, bias, residual, packed, activation)
+    kept = (stats, weight, bias, residual, packed, activation)
     dx = dweight = dbias = dresidual = sums = None
     if needs_weight or needs_bias or (needs_x and training):
-        sums = reference.backward_reduce(*arguments)
+        assert x is not None
+        sums = reference.backward_reduce(dy, x, *kept)
         if needs_weight and weight is not None:
             dweight = (sums[1] * stats[1]).to(weight.dtype)
         if needs_bias and bias is not None:
@@ -222,7 +223,7 @@ def backward(
             sums = sums.clone()  # of which dbias may be a part
             share(sums)
             count = 1
-        dx, dresidual = reference.backward_apply(*arguments, sums if training else None, count)
+        dx, dresidual = reference.backward_apply(dy, x, *kept, sums if training else None, count)
     return dx if needs_x else None, dweight, dbias, dresidual if needs_residual else None
 
 
@@ -272,7 +273,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        verbs: _Verbs,
+        verbs: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -511,24 +512,26 @@ def _absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _forward_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tensors: list[Any]
     *tensors, name, parameter, bits, group, ask = arguments
     ranks = None if group is None else Ranks.named(group, tensors[0], ask)
-    y, stats, packed = forward(*tensors, _activation(name, parameter), bits, ranks)
+    others = (_activation(name, parameter), bits, ranks)
+    y, stats, packed = forward(*(*tensors, *others))
     return y, stats, _absent(y, torch.uint8) if packed is None else packed
 
 
 def _normalize_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, name, parameter, bits = arguments
-    y, stats, packed = normalize(*tensors, _activation(name, parameter), bits)
+    others = (_activation(name, parameter), bits)
+    y, stats, packed = normalize(*(*tensors, *others))
     return y, stats, _absent(y, torch.uint8) if packed is None else packed
 
 
 def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
     dy, *_, name, parameter, training, needs, group = arguments
     ranks = None if group is None else Ranks.named(group, dy, False)
-    gradients = backward(
-        *arguments[:-5], _activation(name, parameter), training, tuple(needs), ranks
-    )
+    others = (_activation(name, parameter), training, tuple(needs), ranks)
+    gradients = backward(*(*arguments[:-5], *others))
     # An operator's outputs are its own: without an activation dresidual is dy itself.
     return tuple(_absent(dy) if g is None else g.clone() if g is dy else g for g in gradients)
 
@@ -547,16 +550,19 @@ def _autograd_op(op: str, split: Callable[..., tuple[Any, ...]]) -> Callable[...
     return call
 
 
-def _split_forward(
-    x, weight, bias, mean, var, tracked, residual, momentum, eps, name, parameter, bits, group, ask
-):  # type: ignore[no-untyped-def]
+def _split_forward(*arguments: Any) -> tuple[Any, ...]:
+    (
+        x, weight, bias, mean, var, tracked, residual, momentum, eps, name, parameter, bits,
+        group, ask,
+    ) = arguments  # fmt: skip
     return (
         x, weight, bias, residual, mean, var, tracked, True, momentum, eps,
         _activation(name, parameter), bits, None if group is None else (group, ask),
     )  # fmt: skip
 
 
-def _split_normalize(x, mean, var, weight, bias, residual, eps, name, parameter, bits):  # type: ignore[no-untyped-def]
+def _split_normalize(*arguments: Any) -> tuple[Any, ...]:
+    x, mean, var, weight, bias, residual, eps, name, parameter, bits = arguments
     return (
         x, weight, bias, residual, mean, var, None, False, 0.0, eps,
         _activation(name, parameter), bits,

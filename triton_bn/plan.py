@@ -12,10 +12,10 @@ none was measured on a GPU yet. ``tune.search`` times what :func:`candidates` li
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from itertools import product
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ class Device:
     __getstate__ = without_hash
 
     @staticmethod
-    @cache
+    @functools.cache
     def current(device: torch.device) -> Device:
         """The facts of a torch device; asked of the driver once, at first use."""
         if device.type != "cuda":
@@ -159,7 +159,7 @@ class Plan:
 
 #: Values that a resident program holds without spilling, by direction: compiled for sm_80, sm_90,
 #: sm_100 and gfx942 (backward holds x and dy). Half of it in float64.
-RESIDENT = {"forward": 48 << 10, "backward": 24 << 10}
+RESIDENT = {"forward": 32 << 10, "backward": 16 << 10}
 
 #: Bytes of each input that a streamed window takes: a modelled L2 of 36 MB still held them at the second read.
 WINDOW = {"forward": 6 << 20, "backward": 4 << 20}

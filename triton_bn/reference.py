@@ -360,7 +360,7 @@ def _block(x: Tensor) -> tuple[tuple[int, int, int], list[int]]:
     layout = torch.empty_like(x, device="meta")
     view = canonical(tuple(layout.shape), layout.stride())
     assert view is not None, "a dense tensor always has its canonical view"
-    return view[0], sorted(range(x.dim()), key=lambda d: (-int(layout.stride(d)), d))
+    return view[0], sorted(range(x.dim()), key=lambda d: (-layout.stride()[d], d))
 
 
 def pack(bit: Tensor, x: Tensor) -> Tensor:

@@ -17,16 +17,16 @@ from triton_bn.problem import Problem
 #: A GPU as much smaller as the tensors here are: every driver is a candidate, programs are few.
 SMALL = replace(DEVICES["H100"], processors=1, cache=1 << 10)
 
-#: Shape, layout, dtype, activation, residual: S = 49, 9, 50, 257 and 1, ragged rows and columns.
+#: Shape, layout, dtype, activation, residual: ragged rows and columns, and rows for several chunks.
 PROBLEMS = {
     "S=49": ((3, 5, 7, 7), "contiguous", torch.float32, None, False),
     "S=9 with bits": ((5, 9, 3, 3), "contiguous", torch.float32, "relu", True),
-    "S=50": ((3, 3, 5, 10), "contiguous", torch.float64, None, False),
+    "S=50": ((9, 3, 5, 10), "contiguous", torch.float64, None, False),
     "S=257": ((3, 2, 257), "contiguous", torch.bfloat16, "silu", False),
-    "S=1": ((37, 5), "contiguous", torch.float32, "gelu", True),
-    "channels_last": ((3, 12, 5, 5), "channels_last", torch.float32, None, False),
+    "S=1": ((301, 5), "contiguous", torch.float32, "gelu", True),
+    "channels_last": ((7, 12, 5, 5), "channels_last", torch.float32, None, False),
     "channels_last with bits": ((2, 24, 4, 5), "channels_last", torch.bfloat16, "relu6", True),
-    "sliced": ((3, 4, 5, 5), "sliced_channels", torch.float32, None, False),
+    "sliced": ((11, 4, 5, 5), "sliced_channels", torch.float32, None, False),
     "sliced channels_last": ((3, 9, 5, 5), "sliced_channels_last", torch.float32, "elu", True),
 }
 

@@ -348,7 +348,7 @@ def test_a_state_dict_from_before_the_counter_loads(device: torch.device) -> Non
     assert torch.equal(layer.weight, old["weight"])
     new = build(nn.BatchNorm2d, device).state_dict()
     del new["num_batches_tracked"]
-    with pytest.raises(RuntimeError, match="Missing key.*num_batches_tracked"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*num_batches_tracked"):
         layer.load_state_dict(new)
 
 

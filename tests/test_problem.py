@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from dataclasses import FrozenInstanceError
-from itertools import permutations, product
+from itertools import pairwise, permutations, product
 
 import hypothesis.strategies as st
 import oracle
@@ -115,7 +115,7 @@ def test_there_is_a_view_wherever_outer_and_inner_values_are_evenly_spaced(x: Te
         for d in dims:
             places = [place + i * x.stride(d) for place in places for i in range(x.shape[d])]
         places.sort()
-        steps = {b - a for a, b in zip(places, places[1:], strict=False)}
+        steps = {b - a for a, b in pairwise(places)}
         return len(steps) <= 1 and 0 not in steps
 
     dims = [d for d in range(x.dim()) if d != 1 and x.shape[d] > 1]
@@ -176,8 +176,10 @@ def test_a_dense_image_is_read_in_whole_16_byte_accesses(dtype: torch.dtype) -> 
         "reversed",
         "sliced_channels",
         "sliced_channels_last",
-    ]
-    + ["strided_batch", "strided_channels", "misaligned"],
+        "strided_batch",
+        "strided_channels",
+        "misaligned",
+    ],
 )
 def test_an_input_with_a_view_is_not_copied(layout: str) -> None:
     x = oracle.arrange(torch.randn(4, 6, 5, 3), layout)

@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,24 +103,23 @@ def compiled(cases: Sequence[Case]) -> list[tuple[KernelFacts, ...]]:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("network", ["ResNet-50", "MobileNetV3", "EfficientNet-B0", "DenseNet-121"])
-def test_the_plans_of_a_network(network: str, layout: str) -> None:
+def test_the_plans_of_networks(layout: str) -> None:
     layers = {
         problem((batch, layer.channels, *layer.spatial), layout)
+        for network in ("ResNet-50", "MobileNetV3", "EfficientNet-B0", "DenseNet-121")
         for layer in NETWORKS[network]
         for batch in (1, 32, 256)
     }
     assert_sound(chosen(both(*layers), "sm_90"))
 
 
-@pytest.mark.parametrize("target", OTHERS)
-def test_the_plans_of_resnet_50_elsewhere(target: str) -> None:
+def test_the_plans_of_resnet_50_elsewhere() -> None:
     layers = [
         problem((32, layer.channels, *layer.spatial), layout)
         for layer in NETWORKS["ResNet-50"][1::2]
         for layout in ("contiguous", "channels_last")
     ]
-    assert_sound(chosen(both(*layers), target))
+    assert_sound([case for target in OTHERS for case in chosen(both(*layers), target)])
 
 
 #: One of each kind of problem that has code of its own in the kernels.
@@ -140,12 +140,10 @@ KINDS = [
 
 
 def test_problems_of_every_kind() -> None:
-    assert_sound(chosen(both(*KINDS), "sm_90"))
-
-
-@pytest.mark.parametrize("target", OTHERS)
-def test_problems_of_every_kind_elsewhere(target: str) -> None:
-    assert_sound(chosen(both(*KINDS[:5]), target))
+    assert_sound(
+        chosen(both(*KINDS), "sm_90")
+        + [case for target in OTHERS for case in chosen(both(*KINDS[:5]), target)]
+    )
 
 
 def test_every_activation() -> None:
@@ -157,22 +155,22 @@ def test_every_activation() -> None:
     assert_sound(chosen(both(*split, *resident), "sm_90"))
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_every_candidate(direction: str) -> None:
+def test_every_candidate() -> None:
     """Resident and split plans of a middle layer, streamed ones of a large input."""
-    layer = problem((32, 256, 14, 14))
-    large = problem((256, 256, 56, 56), "channels_last")
-    if direction == "backward":
-        layer, large = gradient_of(layer), gradient_of(large)
-    streamed = [case for case in plans(large, "sm_90") if case.plan.driver == "streamed"]
-    assert streamed
+    layer, large = problem((32, 256, 14, 14)), problem((256, 256, 56, 56))
     cases = {}
-    for case in [*plans(layer, "sm_90"), *streamed]:
+    for case in [case for p in both(layer, large) for case in plans(p, "sm_90")]:
         plan = case.plan  # what differs in splits only is the same kernel
-        cases[plan.driver, plan.channels, plan.transform.depth, plan.transform.warps] = case
-    assert {case.plan.driver for case in cases.values()} == {"resident", "split", "streamed"}
+        if (case.problem.outer == 256) == (plan.driver == "streamed"):
+            tile = replace(plan.transform, splits=1)
+            cases[case.problem.direction, plan.driver, plan.channels, tile] = case
+    assert {key[:2] for key in cases} == {
+        (direction, driver)
+        for direction in ("forward", "backward")
+        for driver in ("resident", "split", "streamed")
+    }
     bad = [
-        f"{case.plan}: {kernel.kernel} spills {kernel.spilled} bytes"
+        f"{case.problem}, {case.plan}: {kernel.kernel} spills {kernel.spilled} bytes"
         for case, facts in zip(cases.values(), compiled([*cases.values()]), strict=True)
         for kernel in facts
         if kernel.spilled
@@ -197,7 +195,6 @@ def test_the_report_sees_spills_narrow_accesses_and_every_tensor() -> None:
     ]
     (spilling,), narrow, forward, backward = report.compile_all(cases, jobs=1)
     assert spilling.spilled > 0
-    assert spilling.registers == 255
     assert narrow[0].loads["x"] == 2
     assert narrow[1].stores["y"] == 2
     assert [kernel.kernel for kernel in forward] == ["moments_kernel", "normalize_kernel"]
@@ -237,7 +234,9 @@ def test_compile_says_that_interpreted_kernels_do_not_compile() -> None:
 
 def test_a_case_that_does_not_compile_is_named() -> None:
     bad = Plan("resident", Tile(3, 8), channels=1)  # no power of two
-    with pytest.raises(RuntimeError, match=r"sm_90, forward training 2x3x4 float32.*power of 2"):
+    with pytest.raises(
+        RuntimeError, match=r"sm_90, forward training 2x3x4 float32.*CompilationError"
+    ):
         report.compile_all([Case(problem((2, 3, 4), dtype=torch.float32), bad, "sm_90")])
 
 

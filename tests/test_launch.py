@@ -21,7 +21,7 @@ SMALL = replace(DEVICES["H100"], processors=1, cache=1 << 10)
 PROBLEMS = {
     "S=49": ((3, 5, 7, 7), "contiguous", torch.float32, None, False),
     "S=9 with bits": ((5, 9, 3, 3), "contiguous", torch.float32, "relu", True),
-    "S=50": ((9, 3, 5, 10), "contiguous", torch.float64, None, False),
+    "S=50": ((6, 3, 5, 10), "contiguous", torch.float64, None, False),
     "S=257": ((3, 2, 257), "contiguous", torch.bfloat16, "silu", False),
     "S=1": ((301, 5), "contiguous", torch.float32, "gelu", True),
     "channels_last": ((7, 12, 5, 5), "channels_last", torch.float32, None, False),

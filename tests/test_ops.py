@@ -6,7 +6,7 @@ What is compared with PyTorch's own layer is in float64, where it agrees to all 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -22,7 +22,16 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import (
-    functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vjp, vmap,
+    functional_call,
+    grad,
+    hessian,
+    jacfwd,
+    jacrev,
+    jvp,
+    linearize,
+    stack_module_state,
+    vjp,
+    vmap,
 )  # fmt: skip
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
@@ -109,115 +118,100 @@ def assert_same_error(ours: Callable[[], Any], stock: Callable[[], Any], words: 
 # The registered operators.
 
 
-def _forward_case(device: torch.device, **chosen: Any) -> tuple[Any, ...]:
-    """Arguments of ``triton_bn::forward`` by name, the absent ones None."""
-    x = chosen.pop("x", randn(4, 3, 5, 3, dtype=torch.float32)).to(device)
-    names = {
-        "weight": randn(3, seed=1), "bias": randn(3, seed=2), "running_mean": randn(3, seed=3),
-        "running_var": randn(3, seed=4).square(), "num_batches_tracked": torch.tensor(2),
-    }  # fmt: skip
-    present = chosen.pop("present", names)
-    tensors = [
-        (t if name == "num_batches_tracked" else t.float()).to(device) if name in present else None
-        for name, t in names.items()
-    ]
-    for t in (x, *tensors[:2]):
+def _forward_case(
+    device: torch.device,
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    present: Sequence[str] = (
+        "weight",
+        "bias",
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    ),
+    residual: bool = False,
+    momentum: float | None = 0.1,
+    activation: str | None = None,
+    bits: bool = False,
+) -> tuple[Any, ...]:
+    """Arguments of ``triton_bn::forward``; images are channels_last."""
+    x = randn(*(shape or (6, 3)), dtype=dtype).to(device)
+    if shape:
+        x = x.to(memory_format=torch.channels_last)
+    tensors = {
+        "weight": randn(3, seed=1).float(),
+        "bias": randn(3, seed=2).float(),
+        "running_mean": randn(3, seed=3).float(),
+        "running_var": randn(3, seed=4).square().float(),
+        "num_batches_tracked": torch.tensor(2),
+    }
+    given_ = [t.to(device) if name in present else None for name, t in tensors.items()]
+    added = x.flip(0) if residual else None
+    for t in (x, *given_[:2], added):
         if t is not None:
             t.requires_grad_()
-    residual = x.detach().flip(0).requires_grad_() if chosen.pop("residual", False) else None
-    momentum, activation = chosen.pop("momentum", 0.1), chosen.pop("activation", None)
-    return (
-        x,
-        *tensors,
-        residual,
-        momentum,
-        1e-5,
-        activation,
-        None,
-        chosen.pop("bits", False),
-        None,
-        False,
+    return x, *given_, added, momentum, 1e-5, activation, None, bits, None, False
+
+
+def _normalize_case(*arguments: Any, **options: Any) -> tuple[Any, ...]:
+    """Arguments of ``triton_bn::normalize``."""
+    x, weight, bias, mean, variance, _, residual, _, eps, *activation, _, _ = _forward_case(
+        *arguments, **options
     )
+    return x, mean, variance, weight, bias, residual, eps, *activation
 
 
-def _last(x: Tensor) -> Tensor:
-    return x.to(memory_format=torch.channels_last)
-
-
-def _backward_case(
-    device: torch.device, kept: bool, training: bool, **chosen: Any
-) -> tuple[Any, ...]:
-    """Arguments of ``triton_bn::backward`` as a forward leaves them; with kept x where training needs it."""
-    x, weight, bias, *_, activation, parameter, bits, _, _ = _forward_case(device, **chosen)
-    residual = x.detach().flip(0)
-    y, stats, packed = OPS.forward(
-        x,
-        weight,
-        bias,
-        None,
-        None,
-        None,
-        residual,
-        0.1,
-        1e-5,
-        activation,
-        parameter,
-        bits,
-        None,
-        False,
-    )
-    dy = torch.empty_like(y).copy_(randn(*y.shape, seed=5)).detach()
-    needs = (True, kept, kept, True)
+def _backward_case(*arguments: Any, training: bool, **options: Any) -> tuple[Any, ...]:
+    """Arguments of ``triton_bn::backward`` after a training step or one in eval with frozen parameters."""
+    forward = [
+        t.detach() if isinstance(t, Tensor) else t
+        for t in _forward_case(*arguments, **options, residual=True)
+    ]
+    x, weight, bias, *_, residual, _, _, activation, parameter, bits, _, _ = forward
+    y, stats, packed = OPS.forward(*forward)
     return (
-        dy, x.detach() if kept else None, stats, weight.detach(), bias.detach(),
-        None if bits else residual, packed if bits else None, activation, parameter, training, needs, None,
+        torch.sin(y), x if training else None, stats, weight, bias, None if bits else residual,
+        packed if bits else None, activation, parameter, training, (True, training, training, True), None,
     )  # fmt: skip
 
 
-OPERATORS: dict[str, Callable[[torch.device], tuple[Any, tuple[Any, ...]]]] = {
-    "forward of x alone": lambda d: (OPS.forward.default, _forward_case(d, present=())),
-    "forward, kept slopes": lambda d: (
+IMAGES = (4, 3, 5, 3)
+OPERATORS: dict[str, tuple[Any, Callable[[torch.device], tuple[Any, ...]]]] = {
+    "forward of x alone": (OPS.forward.default, partial(_forward_case, present=())),
+    "forward, kept slopes": (
         OPS.forward.default,
-        _forward_case(d, x=_last(randn(4, 3, 5, 3).float()), activation="relu", bits=True, residual=True),
+        lambda d: _forward_case(d, *IMAGES, activation="relu", bits=True, residual=True),
     ),
-    "forward, cumulative": lambda d: (
+    "forward, cumulative": (
         OPS.forward.default,
-        _forward_case(
-            d, x=randn(6, 3, dtype=torch.float16), momentum=None, activation="silu",
+        lambda d: _forward_case(
+            d, dtype=torch.float16, momentum=None, activation="silu",
             present=("bias", "running_mean", "running_var", "num_batches_tracked"),
         ),
     ),
-    "normalize": lambda d: (OPS.normalize.default, _normalize_case(_forward_case(d, activation="gelu"))),
-    "normalize, kept slopes": lambda d: (
+    "normalize": (OPS.normalize.default, partial(_normalize_case, activation="gelu")),
+    "normalize, kept slopes": (
         OPS.normalize.default,
-        _normalize_case(
-            _forward_case(
-                d, x=_last(randn(4, 3, 5, 3).float()), activation="relu6", bits=True, residual=True
-            )
-        ),
+        lambda d: _normalize_case(d, *IMAGES, activation="relu6", bits=True, residual=True),
     ),
-    "backward": lambda d: (OPS.backward.default, _backward_case(d, True, True, activation="silu")),
-    "backward, kept slopes": lambda d: (
+    "backward": (OPS.backward.default, partial(_backward_case, training=True, activation="silu")),
+    "backward, kept slopes": (
         OPS.backward.default,
-        _backward_case(d, True, True, x=_last(randn(4, 3, 5, 3).float()), activation="relu", bits=True),
+        lambda d: _backward_case(d, *IMAGES, training=True, activation="relu", bits=True),
     ),
-    "backward in eval, x not kept": lambda d: (
-        OPS.backward.default, _backward_case(d, False, False, activation="relu", bits=True)
+    "backward, x not kept": (
+        OPS.backward.default,
+        lambda d: _backward_case(d, *IMAGES, training=False, activation="relu", bits=True),
     ),
 }  # fmt: skip
 
 
-def _normalize_case(forward: tuple[Any, ...]) -> tuple[Any, ...]:
-    x, weight, bias, mean, variance, _, residual, _, eps, *activation, _, _ = forward
-    return x, mean, variance, weight, bias, residual, eps, *activation
-
-
-@pytest.mark.parametrize("case", OPERATORS.values(), ids=OPERATORS)
+@pytest.mark.parametrize(("operator", "arguments"), OPERATORS.values(), ids=OPERATORS)
 def test_each_operator_is_what_it_declares(
-    path: Path, case: Callable[[torch.device], tuple[Any, tuple[Any, ...]]]
+    path: Path, operator: Any, arguments: Callable[[torch.device], tuple[Any, ...]]
 ) -> None:
     """Its schema's mutations, its fake outputs (dynamic shapes too) and its gradient under AOT autograd."""
-    torch.library.opcheck(*case(path.device))
+    torch.library.opcheck(operator, arguments(path.device))
 
 
 # Derivatives of derivatives.
@@ -233,12 +227,9 @@ def _second(
     return list(first), list(second)
 
 
-NEEDS = ("x", "weight", "bias", "residual")
-
-
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    needs=st.sets(st.sampled_from(NEEDS), min_size=1),
+    needs=st.sets(st.sampled_from(["x", "weight", "bias", "residual"]), min_size=1),
     training=st.booleans(),
     activation=st.sampled_from([None, "relu", "gelu", "hardswish"]),
     residual=st.sampled_from(["none", "own", "x"]),
@@ -265,27 +256,20 @@ def test_second_derivatives_by_any_subset(
     affine: bool,
 ) -> None:
     shape = (3, 2, 4, 3)
-    tensors: dict[str, Tensor | None] = {
-        "x": oracle.arrange(randn(*shape), layouts[0]),
-        "weight": randn(2, seed=1) if affine else None,
-        "bias": randn(2, seed=2) if affine else None,
-        "residual": randn(*shape, seed=3) if residual == "own" else None,
-    }
-    leaves = [
-        tensors[name].to(path.device).requires_grad_() if name in needs else tensors[name]
-        for name in NEEDS
-        if tensors[name] is not None
-    ]
-    given_ = dict(zip([n for n in NEEDS if tensors[n] is not None], leaves, strict=True))
-    leaves = [t for t in leaves if t.requires_grad]
+    tensors = {"x": oracle.arrange(randn(*shape), layouts[0]).to(path.device)}
+    if affine:
+        tensors |= {"weight": randn(2, seed=1), "bias": randn(2, seed=2)}
+    if residual == "own":
+        tensors["residual"] = randn(*shape, seed=3)
+    tensors = {name: t.to(path.device).requires_grad_(name in needs) for name, t in tensors.items()}
+    leaves = [t for t in tensors.values() if t.requires_grad]
     if not leaves:
         return
-    given_ = {n: t.to(path.device) if not t.requires_grad else t for n, t in given_.items()}
-    x, weight, bias = given_["x"], given_.get("weight"), given_.get("bias")
-    added = x if residual == "x" else given_.get("residual")
+    x, weight, bias = (tensors.get(name) for name in ("x", "weight", "bias"))
+    added = x if residual == "x" else tensors.get("residual")
     dy = oracle.arrange(randn(*shape, seed=4), layouts[1]).to(path.device).requires_grad_()
     probes = [randn(*t.shape, seed=5 + i).to(path.device) for i, t in enumerate(leaves)]
-    running = [randn(2, seed=8).to(path.device), randn(2, seed=9).square().to(path.device) + 0.5]
+    running = randn(2, seed=8).to(path.device), randn(2, seed=9).to(path.device).square() + 0.5
 
     ours = batch_norm(
         x,

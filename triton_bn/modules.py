@@ -82,10 +82,9 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         GPU that is not here (:data:`triton_bn.plan.DEVICES`).
         """
         self._check_input_dim(input)
-        training = self.training or self.running_mean is None
         return plans(
             input,
-            training=training,
+            training=self._uses_batch_statistics(),
             residual=residual is not None,
             activation=self.activation,
             cumulative=self.training
@@ -93,6 +92,10 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             and self.num_batches_tracked is not None,
             device=device,
         )
+
+    def _uses_batch_statistics(self) -> bool:
+        """Whether one launch may compute statistics and normalize by them."""
+        return self.training or self.running_mean is None
 
     def tune(self, input: Tensor, residual: Tensor | None = None, *, again: bool = True) -> Report:
         """Times every candidate plan for this input on scratch tensors, and remembers the fastest.
@@ -190,6 +193,11 @@ class SyncBatchNorm(_Fused):
         y = self._run(input, residual, ranks)
         self._agreed = group
         return y
+
+    def _uses_batch_statistics(self) -> bool:
+        # Between the moments and the transform of a shared batch there is a collective.
+        shared = self.training and group_of(self.process_group) is not None
+        return super()._uses_batch_statistics() and not shared
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy asks for itself: a process group does not travel.

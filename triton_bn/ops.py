@@ -470,6 +470,7 @@ def _watched(*tensors: Tensor | None) -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or not _PLAIN.issuperset(map(type, tensors))
 
 
+@torch.compiler.assume_constant_result  # asked while dynamo traces; it guards the transforms itself
 def _transformed() -> bool:
     """Whether torch.func or forward-mode AD is at work."""
     return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0

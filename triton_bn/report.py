@@ -349,13 +349,15 @@ def compile_all(
     queue = list(groups.values())
     results: dict[int, tuple[KernelFacts, ...]] = {}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = [str(Path(__file__).parent.parent), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    root = str(Path(__file__).parent.parent)
+    paths = filter(None, [root, environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     command = [sys.executable, "-c", "from triton_bn import report; report._serve()"]
 
     def work() -> None:
+        # In the folder of this very package: the current one comes first where Python looks.
         with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=root
         ) as process:
             requests, answers = process.stdin, process.stdout
             assert requests is not None

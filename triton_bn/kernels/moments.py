@@ -40,7 +40,10 @@ def merge_axis(a, axis: tl.constexpr):
     count = tl.sum(a.count, axis)
     mean = tl.sum(a.count * a.mean, axis) / tl.maximum(count, 1)
     delta = a.mean - tl.expand_dims(mean, axis)
-    return Moments(count, mean, tl.sum(a.m2 + a.count * delta * delta, axis))
+    # What the roundings of that sum took from the mean.
+    rest = tl.sum(a.count * delta, axis) / tl.maximum(count, 1)
+    delta -= tl.expand_dims(rest, axis)
+    return Moments(count, mean + rest, tl.sum(a.m2 + a.count * delta * delta, axis))
 
 
 @triton.jit

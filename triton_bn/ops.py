@@ -317,26 +317,19 @@ class _BatchNorm(torch.autograd.Function):
         again = torch.is_grad_enabled()
         # Compiled autograd traces what eager calls have saved.
         verbs = _Operators if torch.compiler.is_compiling() else ctx.verbs
-        if again and ctx.ranks is None:
-            # create_graph: the gradient as a function of everything, in operators that have derivatives.
-            gradients = reference.differentiable_backward(
-                dy,
-                x,
-                stats,
-                weight,
-                bias,
-                residual,
-                packed,
-                ctx.activation,
-                ctx.training,
-                ctx.eps,
-                needs,
-            )
+        if x is None and dy.stride() != ctx.layout:
+            dy = torch.empty_strided(
+                dy.shape, ctx.layout, dtype=dy.dtype, device=dy.device
+            ).copy_(dy)
+        if (again or _transformed() or _batched(dy)) and ctx.ranks is None:
+            # create_graph, gradients batched by vmap, or dy with a tangent: the gradient as a function of
+            # everything, in operators that have rules for all of that.
+            with torch.enable_grad():
+                gradients = reference.differentiable_backward(
+                    dy, x, stats, weight, bias, residual, packed, ctx.activation, ctx.training,
+                    ctx.eps, needs,
+                )  # fmt: skip
         else:
-            if x is None and dy.stride() != ctx.layout:
-                dy = torch.empty_strided(
-                    dy.shape, ctx.layout, dtype=dy.dtype, device=dy.device
-                ).copy_(dy)
             with torch.no_grad():
                 gradients = verbs.backward(
                     dy, x, stats, weight, bias, residual, packed, ctx.activation, ctx.training,
@@ -345,6 +338,14 @@ class _BatchNorm(torch.autograd.Function):
             if again:
                 gradients = _only_once(gradients)
         return (None, *gradients, *[None] * 9)
+
+
+def _batched(dy: Tensor) -> bool:
+    """Whether many gradients come at once: ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(dy) or functorch.is_legacy_batchedtensor(dy)
 
 
 class _Verbs:

@@ -255,9 +255,9 @@ def describe(
     flags = (direction, training, residual, activation, bits, cumulative)
     problem = _described(x.shape, x.stride(), x.dtype, x.data_ptr() % 16, *flags)
     if problem is None:
-        x = x.contiguous()
+        x = torch.empty_like(x).copy_(x)
         problem = _described(x.shape, x.stride(), x.dtype, x.data_ptr() % 16, *flags)
-        assert problem is not None, "a contiguous tensor always has its canonical view"
+        assert problem is not None, "a dense tensor always has its canonical view"
     return problem, x
 
 

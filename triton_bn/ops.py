@@ -327,7 +327,7 @@ class _BatchNorm(torch.autograd.Function):
             with torch.enable_grad():
                 gradients = reference.differentiable_backward(
                     dy, x, stats, weight, bias, residual, packed, ctx.activation, ctx.training,
-                    ctx.eps, needs,
+                    ctx.eps, needs, again,
                 )  # fmt: skip
         else:
             with torch.no_grad():

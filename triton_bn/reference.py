@@ -321,6 +321,7 @@ def differentiable_backward(
     training: bool,
     eps: float,
     needs: tuple[bool, bool, bool, bool],
+    create_graph: bool = True,
 ) -> tuple[Tensor | None, ...]:
     """dx, dweight, dbias and dresidual in operators that have derivatives themselves.
 
@@ -345,7 +346,7 @@ def differentiable_backward(
         activation = None
     y = activate(_preactivation(x, mean, invstd, weight, bias, residual), activation)
     wanted = [t for t, needed in zip(places, needs, strict=True) if needed and t is not None]
-    found = iter(torch.autograd.grad(y, wanted, g, create_graph=True) if wanted else ())
+    found = iter(torch.autograd.grad(y, wanted, g, create_graph=create_graph) if wanted else ())
     gradients = [
         next(found) if needed and t is not None else None
         for t, needed in zip(places, needs, strict=True)

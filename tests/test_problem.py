@@ -142,6 +142,16 @@ def test_a_problem_reads_x_in_the_order_in_which_its_outputs_lie(x: Tensor) -> N
     )
 
 
+def test_windows_that_overlap_are_read_as_their_outputs_lie() -> None:
+    """Their strides alone would allow another order than that of torch.empty_like(x)."""
+    for x in (torch.arange(9.0).unfold(0, 4, 1), torch.arange(9.0).as_strided((4, 3), (1, 1))):
+        problem, seen = describe(x, training=True)
+        assert torch.equal(seen, x)
+        output = torch.empty_like(x).copy_(x)
+        read = block(seen, (problem.sizes, problem.strides))
+        assert torch.equal(read, output.as_strided(problem.sizes, (problem.row, problem.inner, 1)))
+
+
 @given(x=numbered())
 def test_what_is_read_in_one_access_is_adjacent_and_aligned(x: Tensor) -> None:
     for dtype in FLOATING:

@@ -240,8 +240,8 @@ def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
 
 
 def _depth(problem: Problem) -> int:
-    """Tiles in flight: 64 bytes a thread of each tensor that is read, 32 where two are."""
-    return 4 if problem.direction == "forward" else 2
+    """Tiles in flight: 64 bytes a thread of each tensor that is read, 32 where two are or bits are packed."""
+    return 4 if problem.direction == "forward" and not problem.bits else 2
 
 
 def _resident(problem: Problem, device: Device) -> Iterator[Plan]:
@@ -250,7 +250,9 @@ def _resident(problem: Problem, device: Device) -> Iterator[Plan]:
         # Every program would need the counter that one of them advances: split has a launch between.
         return
     limit = RESIDENT[problem.direction]
-    if problem.dtype == torch.float64:
+    act = problem.activation
+    curved = problem.direction == "backward" and act is not None and not act.two_slopes
+    if problem.dtype == torch.float64 or curved:  # recomputing such a slope takes as many registers again
         limit //= 2
     group = aligned_channels(problem)
     while group * problem.inner * problem.itemsize < 64 and group < problem.channels:

@@ -818,12 +818,6 @@ def test_with_frozen_parameters_in_eval_backward_does_not_keep_x(
     assert bits.nbytes == inputs.x.numel() // 8
 
 
-@MODES
-def test_nothing_is_kept_where_no_gradient_is_wanted(path: Path, training: bool) -> None:
-    inputs = Inputs.of(2, 8, 4, 4, residual=True).to(path.device)
-    assert kept(inputs, training, "relu", needs=()) == []
-
-
 # Errors.
 
 

@@ -374,7 +374,9 @@ def _results_for(
     results = []
     for layer in twins(path.device, "relu"):
         layer.train(training).requires_grad_(not frozen)
-        x, residual = (randn(4, 3, 2, 5, seed=i).to(path.device).requires_grad_() for i in range(2))
+        x, residual = (randn(4, 3, 2, 5, seed=i).to(path.device) for i in range(2))
+        x = x.to(memory_format=torch.channels_last).requires_grad_()  # y's gradients are contiguous
+        residual.requires_grad_()
         results.append(
             gradients(layer(x, residual), [x, residual, *layer.parameters()][: 2 if frozen else 4])
         )

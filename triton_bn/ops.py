@@ -318,9 +318,7 @@ class _BatchNorm(torch.autograd.Function):
         # Compiled autograd traces what eager calls have saved.
         verbs = _Operators if torch.compiler.is_compiling() else ctx.verbs
         if x is None and dy.stride() != ctx.layout:
-            dy = torch.empty_strided(
-                dy.shape, ctx.layout, dtype=dy.dtype, device=dy.device
-            ).copy_(dy)
+            dy = reference.in_layout(dy, ctx.layout)
         if (again or _transformed() or _batched(dy)) and ctx.ranks is None:
             # create_graph, gradients batched by vmap, or dy with a tangent: the gradient as a function of
             # everything, in operators that have rules for all of that.

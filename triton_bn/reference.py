@@ -364,6 +364,12 @@ def _block(x: Tensor) -> tuple[tuple[int, int, int], list[int]]:
     return view[0], sorted(range(x.dim()), key=lambda d: (-layout.stride()[d], d))
 
 
+def in_layout(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``t`` with its dimensions in the memory order of ``strides``, in operators that have every rule."""
+    order = sorted(range(t.dim()), key=lambda d: -strides[d])
+    return t.permute(order).contiguous().permute([order.index(d) for d in range(t.dim())])
+
+
 def pack(bit: Tensor, x: Tensor) -> Tensor:
     """One bit a value, of x's shape, as bytes [outer, ceil(channels * inner / 8)], lowest bit first.
 

@@ -278,7 +278,10 @@ def cases(draw: st.DrawFn) -> Case:
 def test_any_input_agrees_with_float64(path: Path, case: Case) -> None:
     path.plan = case.plan
     inputs = case.inputs().to(path.device)
-    repeated = "expanded" in case.layout + case.dy + (case.residual or "")
+    # Expanded, or of a dtype that knows few numbers around the mean: errors are then repeated, too.
+    tensors = [t for t in (inputs.x, inputs.dy, inputs.residual) if t is not None]
+    repeated = any(2 * t.unique().numel() < t.numel() for t in tensors if t.dtype.itemsize > 2)
+    repeated = repeated or any(t.unique().numel() < 100 for t in tensors)
     got = check(
         inputs, case.training, path,
         activation=case.activation, momentum=case.momentum, eps=case.eps, rms=not repeated,

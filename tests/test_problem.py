@@ -223,7 +223,7 @@ def test_64_bit_offsets_are_taken_exactly_where_32_bits_would_not_do() -> None:
 
 
 def test_a_problem_is_a_key() -> None:
-    """Equal ones are one key, also after a pickle's way to another process; a difference tells them apart."""
+    """Equal ones are one key, pickled ones too; a difference tells them apart."""
     x = torch.empty(4, 6, 5)
     problem, _ = describe(x, training=True, activation=Activation("relu"))
     again, _ = describe(x, training=True, activation=Activation("relu"))

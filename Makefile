@@ -23,8 +23,9 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 endif
 
-# One thread a process: the tests run side by side, and their tensors are small.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
+# One thread a process: the tests run side by side, and their tensors are small. A test that hangs, even with
+# the GIL held, ends its process with a traceback after ten minutes.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
 .PHONY: demo test lint notebooks test-models gpu plots clean
 .DELETE_ON_ERROR:

@@ -8,7 +8,7 @@ import itertools
 import pickle
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -1015,25 +1015,34 @@ def test_a_change_that_fails_takes_all_others_back(
         assert m._modules == children
 
 
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A group of this process alone.
+
+    It ends after the test, whose models are gone by then: a DistributedDataParallel that outlives its group
+    ends it with the GIL held, for which a thread of the group may be waiting.
+    """
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("wrap", [nn.DataParallel, nn.parallel.DistributedDataParallel])
 @pytest.mark.parametrize("first", [True, False], ids=["converted first", "wrapped first"])
 def test_wrapped_models_are_converted_inside(wrap: type[nn.Module], first: bool) -> None:
     original = net()
     model = copy.deepcopy(original)
-    distributed = torch.distributed
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model = wrap(convert(model)) if first else convert(wrap(model))
-        assert fused(model.module if first else model) == [
-            "relu", "relu", "add + relu", "relu", "add + relu", "",
-        ]  # fmt: skip
-        assert_same(original, model.module, images())
-        x = images()
-        for m in (original, model):
-            m.zero_grad()
-            m(x).square().sum().backward()
-    finally:
-        distributed.destroy_process_group()
+    model = wrap(convert(model)) if first else convert(wrap(model))
+    assert fused(model.module if first else model) == [
+        "relu", "relu", "add + relu", "relu", "add + relu", "",
+    ]  # fmt: skip
+    assert_same(original, model.module, images())
+    x = images()
+    for m in (original, model):
+        m.zero_grad()
+        m(x).square().sum().backward()
     for a, b in zip(original.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10)
 

@@ -16,7 +16,9 @@ def test_there_is_an_example() -> None:
 
 
 @pytest.mark.parametrize(
-    "block", [b for b in BLOCKS if b.startswith("import ")], ids=lambda block: str(BLOCKS.index(block))
+    "block",
+    [b for b in BLOCKS if b.startswith("import ")],
+    ids=lambda block: str(BLOCKS.index(block)),
 )
 def test_the_example_runs(block: str, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(block, "README.md", "exec"), {})

@@ -164,8 +164,8 @@ RESIDENT = {"forward": 32 << 10, "backward": 16 << 10}
 #: Bytes of each input that a streamed window takes: a modelled L2 of 36 MB still held them at the second read.
 WINDOW = {"forward": 6 << 20, "backward": 4 << 20}
 
-#: Values that a thread holds of one resident tile without spilling: they are widened all at once.
-THREAD = 16
+#: The same for one of its threads, and what of that may be one tile, whose values are widened all at once.
+THREAD, WIDENED = 64, 16
 
 #: Tiles that a resident program loads by straight-line code; twice as many took minutes to compile.
 DEPTH = 24
@@ -249,11 +249,12 @@ def _resident(problem: Problem, device: Device) -> Iterator[Plan]:
     if problem.cumulative:
         # Every program would need the counter that one of them advances: split has a launch between.
         return
-    limit = RESIDENT[problem.direction]
+    limit, thread = RESIDENT[problem.direction], THREAD
     act = problem.activation
     curved = problem.direction == "backward" and act is not None and not act.two_slopes
-    if problem.dtype == torch.float64 or curved:  # recomputing such a slope takes as many registers again
-        limit //= 2
+    # Recomputing such a slope takes as many registers again.
+    if problem.dtype == torch.float64 or curved:
+        limit, thread = limit // 2, thread // 2
     group = aligned_channels(problem)
     while group * problem.inner * problem.itemsize < 64 and group < problem.channels:
         group *= 2
@@ -269,8 +270,8 @@ def _resident(problem: Problem, device: Device) -> Iterator[Plan]:
             tile = _resident_tile(problem, device, columns, most, fewest)
             threads = tile.warps * device.warp
             if (
-                tile.rows * tile.depth * columns <= min(limit, limit // 256 * threads)
-                and tile.rows * columns <= THREAD * threads
+                tile.rows * tile.depth * columns <= min(limit, thread * threads)
+                and tile.rows * columns <= WIDENED * threads
                 and members <= MEMBERS * min(tile.warps, 8)
             ):
                 yield Plan("resident", tile, channels=channels)
@@ -307,7 +308,7 @@ def _streamed(problem: Problem, device: Device) -> Iterator[Plan]:
     large = problem.numel * problem.itemsize > 2 * device.cache
     if not (device.arch.startswith("sm_") and problem.training and large) or problem.cumulative:
         return
-    for depth, warps, resident in product((1, 2, 4), (4, 8), (2, 4)):
+    for depth, warps, resident in product((2, 4), (4, 8), (2, 4)):
         tile = _tile(problem, device, 1, depth, warps)
         window = WINDOW[problem.direction] // (problem.outer * tile.columns * problem.itemsize)
         window = min(window, -(-problem.row // tile.columns))

@@ -11,16 +11,14 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 TRITON := triton==3.9.0; platform_system == 'Linux' and python_version >= '3.11'
 PINS := requirements-dev.txt
 
-# A torchvision wheel runs beside one release of torch only, so the models have an environment of their own.
-VENV_MODELS ?= .venv-models
-MODELS_TORCH := torch==2.14.1 torchvision==0.29.1
-
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
 READY :=
+MODELS :=
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+MODELS := $(VENV)/.models
 endif
 
 # One thread a process: the tests run side by side, and their tensors are small. A test that hangs, even with
@@ -45,8 +43,9 @@ lint: $(READY)
 notebooks: $(READY)
 	$(PY) -m nbclient.cli --inplace --NotebookClient.record_timing=False notebooks/[0-9]*.ipynb
 
-test-models: $(VENV_MODELS)/.ready
-	OMP_NUM_THREADS=1 $(VENV_MODELS)/bin/python -m pytest -m models
+# Whole models of torchvision, timm and transformers.
+test-models: $(MODELS)
+	$(PYTEST) -n $(JOBS) -m models
 
 # The whole suite and every measurement, on the GPU of this machine.
 gpu: $(READY)
@@ -57,24 +56,17 @@ plots: $(READY)
 	$(PY) -m perf plots
 
 clean:
-	rm -rf .venv .venv-models build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis triton_bn_demo.png
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis triton_bn_demo.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# $(call environment,folder): a virtual environment there, by a Python that is new enough.
-define environment
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "triton_bn needs Python >= 3.10; name one: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(1)
-endef
-
 $(VENV)/.ready: pyproject.toml $(PINS)
-	$(call environment,$(VENV))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "triton_bn needs Python >= 3.10; name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet -c $(PINS) torch
 	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install --quiet "$(TRITON)"
 	$(PY) -m pip install --quiet -c $(PINS) -e ".[dev]"
 	touch $@
 
-$(VENV_MODELS)/.ready: pyproject.toml
-	$(call environment,$(VENV_MODELS))
-	$(VENV_MODELS)/bin/python -m pip install --quiet $(MODELS_TORCH)
-	$(VENV_MODELS)/bin/python -m pip install --quiet -e ".[test,models]"
+$(VENV)/.models: $(VENV)/.ready
+	$(PY) -m pip install --quiet -c $(PINS) -e ".[models]"
 	touch $@

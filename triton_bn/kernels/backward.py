@@ -73,8 +73,8 @@ def add_tile(sums, g, x, affine, T: tl.constexpr):
 @triton.jit
 def load_statistics(p_stats, parameters, columns, channels, T: tl.constexpr):
     """invstd [1, K], and the transform of each column."""
-    mean = tl.load(p_stats + columns.channel, mask=columns.mask, other=0.0)[None, :]
-    invstd = tl.load(p_stats + channels + columns.channel, mask=columns.mask, other=0.0)[None, :]
+    mean = tl.load(p_stats + columns.channel, mask=columns.exists, other=0.0)[None, :]
+    invstd = tl.load(p_stats + channels + columns.channel, mask=columns.exists, other=0.0)[None, :]
     return invstd, column_affine(mean, invstd, parameters, columns, T)
 
 

@@ -30,7 +30,7 @@ from triton_bn.kernels.tile import (
 
 
 class Affine(NamedTuple):
-    """z = (x - mean) * scale + bias, each [1, K]."""
+    """z = (x - mean) * scale + bias, each [1, K], or [1, 1] where all columns are of one channel."""
 
     mean: Any
     scale: Any
@@ -40,8 +40,8 @@ class Affine(NamedTuple):
 @triton.jit
 def column_affine(mean, invstd, parameters, columns, T: tl.constexpr):
     """The transform of each column from its statistics [1, K] and (weight, bias)."""
-    weight = load_channel(parameters[0], columns.channel, columns.mask, 1.0, T.ACC)
-    bias = load_channel(parameters[1], columns.channel, columns.mask, 0.0, T.ACC)
+    weight = load_channel(parameters[0], columns.channel, columns.exists, 1.0, T.ACC)
+    bias = load_channel(parameters[1], columns.channel, columns.exists, 0.0, T.ACC)
     return Affine(mean, invstd * weight[None, :], bias[None, :])
 
 
@@ -205,7 +205,7 @@ def forward_kernel(
     x = load_chunk(
         p_x, 0, sizes[0], strides[0], columns.offset, columns, T.U, T.RAGGED, "evict_first", T
     )
-    base = load_base(p_x, columns.channel, strides, columns.mask, T)[None, :]
+    base = load_base(p_x, columns.channel, strides, columns.exists, T)[None, :]
     a = fold_moments(chunk_moments(x, base, 0, sizes[0], T.RAGGED, T), columns, first, T)
     channel = first + tl.arange(0, T.G)
     a = Moments(a.count, load_base(p_x, channel, strides, channel < sizes[1], T) + a.mean, a.m2)

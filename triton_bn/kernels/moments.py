@@ -143,7 +143,7 @@ def moments_item(p_x, p_partials, i_block, i_split, sizes, strides, partial, T: 
     row = row_length(sizes[1], sizes[2], T)
     columns = tile_columns(i_block * T.K, row, sizes[2], strides, T)
     n_begin, n_ragged, n_end = row_range(i_split, partial[0], sizes[0], T)
-    base = load_base(p_x, columns.channel, strides, columns.mask, T)[None, :]
+    base = load_base(p_x, columns.channel, strides, columns.exists, T)[None, :]
     zero = tl.full((T.R, T.K), 0.0, T.ACC)
     a = Moments(tl.full((T.R, 1), 0.0, T.ACC), zero, zero)
     for n in range(n_begin, n_ragged, T.R * T.U):

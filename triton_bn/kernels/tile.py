@@ -34,9 +34,10 @@ class Columns(NamedTuple):
     begin: Any
     end: Any
     k: Any  #: ... its position in a dense row,
-    channel: Any  #: ... its channel,
     offset: Any  #: ... its position in a row of the input,
-    mask: Any  #: ... whether it lies before the end.
+    mask: Any  #: ... whether it lies before the end,
+    channel: Any  #: ... its channel: [1] where all are of one, so that what a channel has is read and held once,
+    exists: Any  #: ... and whether there is such a channel.
 
 
 @triton.jit
@@ -58,12 +59,18 @@ def tile_columns(begin, end, inner, strides, T: tl.constexpr):
     if T.WIDE:
         begin = tl.cast(begin, tl.int64)
     k = begin + tl.arange(0, T.K)
-    channel = k // inner
+    mask = k < end
+    if T.G == 1:
+        channel = begin // inner + tl.arange(0, 1)
+        exists = channel >= 0
+    else:
+        channel = k // inner
+        exists = mask
     if T.DENSE:
         offset = k
     else:
         offset = channel * strides[1] + (k - channel * inner) * strides[2]
-    return Columns(begin, end, k, channel, offset, k < end)
+    return Columns(begin, end, k, offset, mask, channel, exists)
 
 
 @triton.jit
@@ -162,8 +169,8 @@ def fold_sums(v, columns, first, T: tl.constexpr):
 
 @triton.jit
 def spread(v, columns, first, T: tl.constexpr):
-    """[G] channels → [1, K] columns: each column gets its channel's value."""
-    if T.EACH:
+    """[G] channels → [1, K] columns, or [1, 1]: each column gets its channel's value."""
+    if T.EACH or T.G == 1:
         return v[None, :]
     else:
         g = tl.minimum(columns.channel - first, T.G - 1)

@@ -241,7 +241,7 @@ def test_a_case_that_does_not_compile_is_named() -> None:
 
 
 def test_inspect_prints_rows_whatever_triton_interpret_says() -> None:
-    command = [sys.executable, "-m", "triton_bn", "inspect", "32", "64", "14", "14", "--json"]
+    command = [sys.executable, "-m", "triton_bn", "inspect", "32,64,14,14", "--json"]
     options = ["--plans", "heuristic", "--direction", "forward", "--target", "sm_90", "sm_80"]
     done = subprocess.run(
         [*command, *options, "--no-instructions"],

@@ -27,8 +27,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from triton_bn import binary, launch
+from triton_bn.arguments import CHANNELS_LAST, DTYPES, positive, shape
 from triton_bn.plan import DEVICES, Device, Plan, candidates, heuristic
-from triton_bn.problem import FLOATING, Activation, Problem, describe
+from triton_bn.problem import ACTIVATIONS, Activation, Problem, describe
 
 __all__ = [
     "RESNET50",
@@ -467,18 +468,21 @@ def _widths(accesses: Mapping[str, int]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("shape", nargs="*", type=int, help="the input's, as in 32 256 56 56 (default: ResNet-50's)")
-    add("--batch", type=int, default=32, help="batch size of ResNet-50's shapes (default: 32)")
-    add("--channels-last", action="store_true")
-    add("--dtype", choices=[str(d).removeprefix("torch.") for d in FLOATING], default="bfloat16")
-    add("--activation", help="its name, as in relu")
-    add("--residual", action="store_true", help="add a residual before the activation")
-    add("--eval", action="store_true", help="running statistics instead of the batch's")
+    add(
+        "shape", nargs="?", type=shape, metavar="N,C,...",
+        help="the input's, as in 32,64,56,56 (default: ResNet-50's)",
+    )  # fmt: skip
+    add("--batch", type=positive, default=32, help="of ResNet-50's shapes (default: %(default)s)")
+    add("--channels-last", action="store_true", help="instead of contiguous")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
+    add("--activation", choices=ACTIVATIONS, help="behind the normalization")
+    add("--residual", action="store_true", help="added before the activation")
+    add("--eval", action="store_true", help="by running statistics")
     add("--direction", choices=["forward", "backward", "both"], default="both")
     add("--target", choices=list(TARGETS), nargs="+", default=["sm_90"])
     add("--plans", choices=["heuristic", "all"], help="(default: all, but not of ResNet-50)")
     add("--no-instructions", action="store_true", help="do not disassemble: twice as fast")
-    add("--jobs", type=int, help="processes that compile (default: as many as CPUs)")
+    add("--jobs", type=positive, help="processes that compile (default: as many as CPUs)")
     add("--json", action="store_true", help="one JSON list of rows instead of a table")
 
 
@@ -486,16 +490,13 @@ def run(args: argparse.Namespace) -> int:
     """Prints the report; 1 where a kernel spills."""
     activation = Activation.of(args.activation)
     bits = activation is not None and activation.two_slopes and (args.residual or args.eval)
-    shapes = [(args.batch, *shape[:-1]) for shape in RESNET50]
-    if args.shape:
-        shapes = [tuple(args.shape)]
-    search = args.plans == "all" or (args.plans is None and bool(args.shape))
+    shapes = [args.shape] if args.shape else [(args.batch, *layer[:-1]) for layer in RESNET50]
+    search = args.plans == "all" or (args.plans is None and args.shape is not None)
     cases: list[Case] = []
-    for target, shape in product(args.target, shapes):
-        x = torch.empty(shape, dtype=getattr(torch, args.dtype), device="meta")
-        if args.channels_last:
-            last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-            x = x.to(memory_format=last)
+    for target, sizes in product(args.target, shapes):
+        x = torch.empty(sizes, dtype=DTYPES[args.dtype], device="meta")
+        if args.channels_last and x.dim() in CHANNELS_LAST:
+            x = x.to(memory_format=CHANNELS_LAST[x.dim()])
         problem, _ = describe(
             x, training=not args.eval, residual=args.residual, activation=activation, bits=bits
         )

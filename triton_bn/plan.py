@@ -266,7 +266,9 @@ def _resident(problem: Problem, device: Device) -> Iterator[Plan]:
             return
         held, fewest = problem.outer * columns, -(-members // MEMBERS)
         # Up to as many values a thread hide their loads behind one another best; beyond, the more warps.
-        for most in sorted((4, 8, 16), key=lambda w: w if held <= THREAD * w * device.warp else 32 - w):
+        for most in sorted(
+            (4, 8, 16), key=lambda w: w if held <= THREAD * w * device.warp else 32 - w
+        ):
             tile = _resident_tile(problem, device, columns, most, fewest)
             threads = tile.warps * device.warp
             if (

@@ -306,7 +306,11 @@ def _split(problem: Problem, device: Device, scale: int, depth: int, warps: int)
 
 
 def _streamed(problem: Problem, device: Device) -> Iterator[Plan]:
-    """Streamed plans: NVIDIA, a tensor that L2 cannot hold, windows that it can."""
+    """Streamed plans: NVIDIA, a tensor that L2 cannot hold, windows that it can.
+
+    None for images in channels_last: 64 bytes of columns times all their rows exceed any window. A
+    BatchNorm1d of (65536, 1024) has them.
+    """
     large = problem.numel * problem.itemsize > 2 * device.cache
     if not (device.arch.startswith("sm_") and problem.training and large) or problem.cumulative:
         return

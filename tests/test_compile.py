@@ -21,8 +21,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import triton
-from torch.torch_version import TorchVersion
 
 from perf.shapes import NETWORKS
 from triton_bn import launch, report
@@ -33,9 +31,6 @@ from triton_bn.report import TARGETS, Case, KernelFacts, gradient_of, plans
 #: Beside other test processes, one compiles at a time.
 JOBS = 1 if "PYTEST_XDIST_WORKER" in os.environ else None
 OTHERS = ("sm_80", "sm_100", "gfx942")
-#: Bytes a thread may keep in local memory. None with the Triton that the plans were made with; an older
-#: one brings a ptxas that gives registers out otherwise and is held to a few values.
-SPILLED = 0 if TorchVersion(triton.__version__) >= "3.9" else 64
 WHOLE = ("x", "y", "dy", "dx", "residual", "dresidual")
 
 
@@ -80,7 +75,7 @@ def chosen(problems: Iterable[Problem], target: str) -> list[Case]:
 def complaints(case: Case, kernel: KernelFacts) -> list[str]:
     problem, _, target = case
     found = []
-    if kernel.spilled > SPILLED:
+    if kernel.spilled:
         found.append(f"spills {kernel.spilled} bytes")
     processors = TARGETS[target].device.processors
     if problem.numel * problem.itemsize >= processors * 16 << 10:
@@ -178,7 +173,7 @@ def test_every_candidate() -> None:
         f"{case.problem}, {case.plan}: {kernel.kernel} spills {kernel.spilled} bytes"
         for case, facts in zip(cases.values(), compiled([*cases.values()]), strict=True)
         for kernel in facts
-        if kernel.spilled > SPILLED
+        if kernel.spilled
     ]
     assert not bad, "\n".join(bad)
 

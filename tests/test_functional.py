@@ -831,7 +831,7 @@ def statistics(channels: int = 3, dtype: torch.dtype = torch.float32) -> tuple[T
 
 X = torch.arange(12.0).reshape(4, 3)
 TRAIN = {"training": True}
-#: The words about eps are those of PyTorch 2.13; before, one sentence served training and evaluation.
+#: Ours about eps are the words of PyTorch 2.13; 2.11 has one sentence for training and evaluation.
 EPS_WORDS = TorchVersion(torch.__version__) >= "2.13"
 #: name: arguments, keywords, error, and whether PyTorch's words are ours.
 ERRORS: dict[str, tuple[tuple[object, ...], dict[str, object], type[Exception], bool]] = {

@@ -571,7 +571,7 @@ def test_its_state_is_pytorchs() -> None:
 def test_conversion_keeps_everything() -> None:
     group = object()
     weight_only = nn.BatchNorm1d(3, 1e-3, None)
-    weight_only.bias = None  # as bias=False leaves it, which PyTorch < 2.13 does not know
+    weight_only.bias = None  # as bias=False leaves it, which PyTorch 2.11 does not know
     model = nn.Sequential(
         nn.Linear(2, 3),
         weight_only,

@@ -308,8 +308,8 @@ def _split(problem: Problem, device: Device, scale: int, depth: int, warps: int)
 def _streamed(problem: Problem, device: Device) -> Iterator[Plan]:
     """Streamed plans: NVIDIA, a tensor that L2 cannot hold, windows that it can.
 
-    None for images in channels_last: 64 bytes of columns times all their rows exceed any window. A
-    BatchNorm1d of (65536, 1024) has them.
+    In channels_last a window is at least 64 bytes of columns times all rows, so an input of many rows,
+    such as (256, 256, 56, 56), has none.
     """
     large = problem.numel * problem.itemsize > 2 * device.cache
     if not (device.arch.startswith("sm_") and problem.training and large) or problem.cumulative:

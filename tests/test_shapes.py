@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from packages import torchvision
 
 from perf.shapes import NETWORKS
 
@@ -36,7 +37,7 @@ def test_every_layer_is_counted_once(network: str, layers: int) -> None:
 @pytest.mark.models
 @pytest.mark.parametrize("network", list(CONSTRUCTORS))
 def test_shapes_are_those_that_torchvision_s_model_has(network: str) -> None:
-    models = pytest.importorskip("torchvision.models")
+    models = torchvision().models
     seen: Counter[tuple[int, ...]] = Counter()
     with torch.device("meta"):
         model = getattr(models, CONSTRUCTORS[network])()

@@ -57,8 +57,8 @@ class Path:
         return self.name
 
     @property
-    def truncates(self) -> bool:
-        """Whether numbers are cut off rather than rounded to bfloat16, as the interpreter does."""
+    def interpreted(self) -> bool:
+        """Whether Triton's interpreter computes, which rounds and adds otherwise than a GPU."""
         return self.name == "kernels" and self.device.type == "cpu"
 
 

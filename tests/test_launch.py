@@ -55,7 +55,7 @@ def test_every_candidate_is_right(
     mean, var, weight, bias = vectors
     expected = oracle.batch_norm(
         x, mean, var, weight, bias, True, residual=added, activation=activation, dy=dy,
-        truncates=launch.interpreting(),
+        interpreted=launch.interpreting(),
     )  # fmt: skip
 
     chosen: dict[str, list[Plan]] = {"forward": [], "backward": []}

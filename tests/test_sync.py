@@ -238,7 +238,7 @@ def _compare(peer: Peer, mode: str, device: torch.device, case: Case) -> None:
     want = oracle.batch_norm(
         whole, weight=layer.weight, bias=layer.bias, training=True, residual=residual, dy=dy,
         momentum=0.5 if case.momentum is None else case.momentum, eps=case.eps,
-        activation=case.activation, truncates=mode == "kernels" and device.type == "cpu", **before,
+        activation=case.activation, interpreted=mode == "kernels" and device.type == "cpu", **before,
     )  # fmt: skip
     found = {"y": y, "dx": x.grad, "dresidual": None if added is None else added.grad}
     for name, tensor in found.items():

@@ -43,7 +43,7 @@ def double(value: Any) -> Any:
 def assert_agrees(got: Tensor, want: Tensor, dtype: torch.dtype, path: Path, what: str) -> None:
     """Within some roundings of the largest value: gradients are differences of terms of its size."""
     assert got.dtype == dtype, what
-    unit = oracle.rounding(dtype, path.truncates)
+    unit = oracle.rounding(dtype, path.interpreted)
     scale = want.abs().max().item() if want.numel() else 0.0
     rtol, atol = (4 * unit, 32 * torch.finfo(torch.float32).eps * max(scale, 1))
     if dtype == torch.float64:

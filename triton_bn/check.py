@@ -143,7 +143,7 @@ def errors_of(
         found.append(observe(_alone(layer), layer, x, dy))
     exact = batch_norm(
         x, state["running_mean"], state["running_var"], state["weight"], state["bias"],
-        training=True, dy=dy, truncates=interpreting(),
+        training=True, dy=dy, interpreted=interpreting(),
     )  # fmt: skip
     return {
         name: Error(

@@ -119,7 +119,7 @@ def _resident(problem: Problem, plan: Plan) -> tuple[int, dict[str, Any]]:
         or problem.channels % plan.channels != 0,
         CHANNELS=plan.channels,
         INNER=problem.inner,
-        RAGGED=problem.outer != tile.rows * tile.depth,
+        WHOLE=problem.outer // tile.rows,
     )
     return -(-problem.channels // plan.channels), _options(constants, tile)
 

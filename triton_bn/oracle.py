@@ -93,20 +93,20 @@ class Bounded:
             assert mean <= 0.6, f"{what}: root mean square of error / bound is {mean:.3g}"
 
 
-def rounding(dtype: torch.dtype, truncates: bool = False) -> float:
+def rounding(dtype: torch.dtype, interpreted: bool = False) -> float:
     """The relative error of one rounding to ``dtype``. The interpreter truncates to bfloat16."""
     eps = torch.finfo(dtype).eps
-    return eps if truncates and dtype == torch.bfloat16 else eps / 2
+    return eps if interpreted and dtype == torch.bfloat16 else eps / 2
 
 
-def _stored(value: Tensor, dtype: torch.dtype, truncates: bool) -> Tensor:
+def _stored(value: Tensor, dtype: torch.dtype, interpreted: bool) -> Tensor:
     """The error of storing ``value``: relative, and one step of the subnormal numbers.
 
     Numbers in float32 and its like may be flushed to zero below the normal ones.
     """
     info = torch.finfo(dtype)
     step = info.smallest_normal * (info.eps if dtype == torch.float16 else 1.0)
-    return rounding(dtype, truncates) * value.abs() + step
+    return rounding(dtype, interpreted) * value.abs() + step
 
 
 def batch_norm(
@@ -122,11 +122,15 @@ def batch_norm(
     residual: Tensor | None = None,
     activation: Activation | str | None = None,
     dy: Tensor | None = None,
-    truncates: bool = False,
+    interpreted: bool = False,
 ) -> dict[str, Bounded]:
     """y; where dy is given dx, dweight, dbias, dresidual; in training running_mean and running_var.
 
     The running statistics are the ones *before* the call, and are left alone.
+
+    Args:
+        interpreted: whether the bounds are for Triton's interpreter, which rounds to bfloat16 and takes
+            sums less well than a GPU.
     """
     activation = Activation.of(activation)
     dtype, channels = x.dtype, x.shape[1]
@@ -135,7 +139,8 @@ def batch_norm(
     u = rounding(torch.float64) * 2 if double else rounding(torch.float32)
     over = [d for d in range(x.dim()) if d != 1]
     count = x.numel() // channels
-    depth = math.log2(count) + 4
+    # The interpreter adds the up to 512 rows of a tile one after another, which is a walk of as many steps.
+    depth = math.log2(count) + (max(math.sqrt(min(count, 512)), 4) if interpreted else 4)
 
     def wide(t: Tensor | None, default: float = 0.0) -> Tensor:
         """A channel's vector in float64, beside x."""
@@ -164,7 +169,7 @@ def batch_norm(
             new = (1 - momentum) * wide(old) + momentum * batch
             error = abs(momentum) * (e_batch + 3 * u * batch.abs())
             error = error + 3 * u * abs(1 - momentum) * wide(old).abs()
-            error = error + _stored(new, old.dtype, truncates)
+            error = error + _stored(new, old.dtype, interpreted)
             results[name] = Bounded(narrow(new, old), narrow(error, old))
     else:
         mean, var = wide(running_mean), wide(running_var)
@@ -193,7 +198,7 @@ def batch_norm(
     y = activate(z, activation)
     smooth = activation is not None and activation.name not in PIECEWISE_LINEAR
     e_y = sway(activate) + u * y.abs() + (4 * u * (y.abs() + z.abs()) if smooth else 0)
-    results["y"] = Bounded(y, e_y + _stored(y, dtype, truncates))
+    results["y"] = Bounded(y, e_y + _stored(y, dtype, interpreted))
     if dy is None:
         return results
 
@@ -213,7 +218,7 @@ def batch_norm(
 
     def channel(name: str, like: Tensor | None, value: Tensor, error: Tensor) -> None:
         if like is not None:
-            error = error + _stored(value, like.dtype, truncates)
+            error = error + _stored(value, like.dtype, interpreted)
             results[name] = Bounded(narrow(value, like), narrow(error, like))
 
     dweight = sum_gx * invstd
@@ -221,7 +226,7 @@ def batch_norm(
     channel("dweight", weight, dweight, e_dweight)
     channel("dbias", bias, sum_g, e_sum_g)
     if residual is not None:
-        results["dresidual"] = Bounded(g, e_g + _stored(g, dtype, truncates))
+        results["dresidual"] = Bounded(g, e_g + _stored(g, dtype, interpreted))
 
     scale = (gamma * invstd).abs()
     if training:
@@ -233,7 +238,7 @@ def batch_norm(
     else:
         dx = gamma * invstd * g
         e_dx = scale * e_g
-    e_dx = e_dx + dx.abs() * (e_invstd + 2 * u) + _stored(dx, dtype, truncates)
+    e_dx = e_dx + dx.abs() * (e_invstd + 2 * u) + _stored(dx, dtype, interpreted)
     results["dx"] = Bounded(dx, e_dx)
     return results
 

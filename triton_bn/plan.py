@@ -228,12 +228,13 @@ def heuristic(problem: Problem, device: Device) -> Plan:
 
 
 def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
-    """What a search may try, without spills, the heuristic's plan first."""
+    """What a search may try, none of which runs out of registers, the heuristic's plan first."""
     plans = [heuristic(problem, device)]
     if problem.training:
         plans += _resident(problem, device)
+    deepest = _depth(problem) * (1 if _curved(problem) else 2)
     for scale, depth, warps in product((1, 2, 4), (1, 2, 4, 8), (4, 8, 16)):
-        if depth <= 2 * _depth(problem):
+        if depth <= deepest:
             plans.append(_split(problem, device, scale, depth, warps))
     plans += _streamed(problem, device)
     return tuple(dict.fromkeys(plans))
@@ -244,16 +245,19 @@ def _depth(problem: Problem) -> int:
     return 4 if problem.direction == "forward" and not problem.bits else 2
 
 
+def _curved(problem: Problem) -> bool:
+    """Whether slopes are recomputed, which takes as many registers again as what is held."""
+    act = problem.activation
+    return problem.direction == "backward" and act is not None and not act.two_slopes
+
+
 def _resident(problem: Problem, device: Device) -> Iterator[Plan]:
     """Resident plans, the preferred first: the fewest channels that fill 16-byte accesses and 64-byte rows."""
     if problem.cumulative:
         # Every program would need the counter that one of them advances: split has a launch between.
         return
     limit, thread = RESIDENT[problem.direction], THREAD
-    act = problem.activation
-    curved = problem.direction == "backward" and act is not None and not act.two_slopes
-    # Recomputing such a slope takes as many registers again.
-    if problem.dtype == torch.float64 or curved:
+    if problem.dtype == torch.float64 or _curved(problem):
         limit, thread = limit // 2, thread // 2
     group = aligned_channels(problem)
     while group * problem.inner * problem.itemsize < 64 and group < problem.channels:

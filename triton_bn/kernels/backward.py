@@ -18,8 +18,8 @@ from triton_bn.kernels.forward import column_affine, preactivation
 from triton_bn.kernels.moments import partial_shares
 from triton_bn.kernels.tile import (
     fold_sums,
-    load_channel,
     load_chunk,
+    load_columns,
     owns,
     row_length,
     row_range,
@@ -73,8 +73,8 @@ def add_tile(sums, g, x, affine, T: tl.constexpr):
 @triton.jit
 def load_statistics(p_stats, parameters, columns, channels, T: tl.constexpr):
     """invstd [1, K], and the transform of each column."""
-    mean = tl.load(p_stats + columns.channel, mask=columns.exists, other=0.0)[None, :]
-    invstd = tl.load(p_stats + channels + columns.channel, mask=columns.exists, other=0.0)[None, :]
+    mean = load_columns(p_stats, 1, columns, 0.0, T)
+    invstd = load_columns(p_stats + channels, 1, columns, 0.0, T)
     return invstd, column_affine(mean, invstd, parameters, columns, T)
 
 
@@ -97,7 +97,7 @@ def merge_sums(p_partials, channel, sizes, partial, T: tl.constexpr):
 def store_parameters(dparameters, sums, p_stats, channel, mask, channels, T: tl.constexpr):
     """dweight and dbias of some channels, each where wanted."""
     if dparameters[0] is not None:
-        invstd = load_channel(p_stats + channels, channel, mask, 0.0, T.ACC)
+        invstd = tl.load(p_stats + channels + channel, mask=mask, other=0.0)
         dweight = tl.cast(sums.product * invstd, dparameters[0].dtype.element_ty)
         tl.store(dparameters[0] + channel, dweight, mask=mask)
     if dparameters[1] is not None:
@@ -107,11 +107,11 @@ def store_parameters(dparameters, sums, p_stats, channel, mask, channels, T: tl.
 
 
 @triton.jit
-def project(sums, count, invstd, columns, first, T: tl.constexpr):
+def project(sums, count, invstd, columns, T: tl.constexpr):
     """Per column [1, K], what dx loses: sum(g) / M, and sum(g * (x - mean)) / M * invstd**2."""
     m = tl.cast(count, T.ACC)
-    product = spread(sums.product / m, columns, first, T) * invstd * invstd
-    return Sums(spread(sums.g / m, columns, first, T), product)
+    product = spread(sums.product / m, columns, T) * invstd * invstd
+    return Sums(spread(sums.g / m, columns, T), product)
 
 
 @triton.jit
@@ -157,28 +157,27 @@ def reduce_item(
     sums = Sums(zero, zero)
     for n in range(n_begin, n_ragged, T.R * T.U):
         x = load_chunk(
-            p_x, n, n_end, strides[0], columns.offset, columns, T.U, False, "evict_last", T
+            p_x, n, n_end, strides[0], columns.offset, columns, T.U, T.U, "evict_last", T
         )
-        dy = load_chunk(p_dy, n, n_end, row, columns.k, columns, T.U, False, "evict_last", T)
+        dy = load_chunk(p_dy, n, n_end, row, columns.k, columns, T.U, T.U, "evict_last", T)
         for u in tl.static_range(DEPTH):
             g = gradient_tile(
                 dy[u], x[u], p_residual, p_bits, n + u * T.R, n_end, row, columns, affine, False, T
             )
             sums = add_tile(sums, g, x[u], affine, T)
     for n in range(n_ragged, n_end, T.R):
-        x = load_chunk(p_x, n, n_end, strides[0], columns.offset, columns, 1, True, "evict_last", T)
-        dy = load_chunk(p_dy, n, n_end, row, columns.k, columns, 1, True, "evict_last", T)
+        x = load_chunk(p_x, n, n_end, strides[0], columns.offset, columns, 1, 0, "evict_last", T)
+        dy = load_chunk(p_dy, n, n_end, row, columns.k, columns, 1, 0, "evict_last", T)
         g = gradient_tile(dy[0], x[0], p_residual, p_bits, n, n_end, row, columns, affine, True, T)
         sums = add_tile(sums, g, x[0], affine, T)
 
-    first = columns.begin // sizes[2]
-    channel = first + tl.arange(0, T.G)
+    channel = columns.first + tl.arange(0, T.G)
     touched = (channel * sizes[2] < columns.begin + T.K) & (channel < sizes[1])
     q = i_split * partial[2] + i_block - channel * sizes[2] // T.K
     o = q * sizes[1] + channel
-    tl.store(p_partials + o, fold_sums(sums.g, columns, first, T), mask=touched)
+    tl.store(p_partials + o, fold_sums(sums.g, columns, T), mask=touched)
     o += partial[1] * partial[2] * sizes[1]
-    tl.store(p_partials + o, fold_sums(sums.product, columns, first, T), mask=touched)
+    tl.store(p_partials + o, fold_sums(sums.product, columns, T), mask=touched)
 
 
 @triton.jit
@@ -219,21 +218,20 @@ def apply_item(
     invstd, affine = load_statistics(p_stats, parameters, columns, sizes[1], T)
     lost = None
     if p_partials is not None:
-        first = columns.begin // sizes[2]
-        channel = first + tl.arange(0, T.G)
+        channel = columns.first + tl.arange(0, T.G)
         sums = merge_sums(p_partials, channel, sizes, partial, T)
         owner = owns(channel, i_block, i_split, sizes, T)
         store_parameters(dparameters, sums, p_stats, channel, owner, sizes[1], T)
         if TRAINING:
-            lost = project(sums, count, invstd, columns, first, T)
+            lost = project(sums, count, invstd, columns, T)
     if p_dx is not None or p_dresidual is not None:
         n_begin, n_ragged, n_end = row_range(i_split, rows, sizes[0], T)
         for n in range(n_begin, n_ragged, T.R * T.U):
-            dy = load_chunk(p_dy, n, n_end, row, columns.k, columns, T.U, False, "evict_first", T)
+            dy = load_chunk(p_dy, n, n_end, row, columns.k, columns, T.U, T.U, "evict_first", T)
             x = dy
             if p_x is not None:
                 x = load_chunk(
-                    p_x, n, n_end, strides[0], columns.offset, columns, T.U, False, "evict_first", T
+                    p_x, n, n_end, strides[0], columns.offset, columns, T.U, T.U, "evict_first", T
                 )
             for u in tl.static_range(DEPTH):
                 i_row = n + u * T.R
@@ -244,11 +242,11 @@ def apply_item(
                     g, x[u], p_dx, p_dresidual, i_row, n_end, row, columns, affine, lost, False, T
                 )
         for n in range(n_ragged, n_end, T.R):
-            dy = load_chunk(p_dy, n, n_end, row, columns.k, columns, 1, True, "evict_first", T)
+            dy = load_chunk(p_dy, n, n_end, row, columns.k, columns, 1, 0, "evict_first", T)
             x = dy
             if p_x is not None:
                 x = load_chunk(
-                    p_x, n, n_end, strides[0], columns.offset, columns, 1, True, "evict_first", T
+                    p_x, n, n_end, strides[0], columns.offset, columns, 1, 0, "evict_first", T
                 )
             g = gradient_tile(
                 dy[0], x[0], p_residual, p_bits, n, n_end, row, columns, affine, True, T
@@ -286,25 +284,35 @@ def backward_kernel(
     columns = tile_columns(begin, end, T.INNER, strides, T)
     invstd, affine = load_statistics(p_stats, parameters, columns, sizes[1], T)
     x = load_chunk(
-        p_x, 0, sizes[0], strides[0], columns.offset, columns, T.U, T.RAGGED, "evict_first", T
+        p_x, 0, sizes[0], strides[0], columns.offset, columns, T.U, T.WHOLE, "evict_first", T
     )
-    dy = load_chunk(p_dy, 0, sizes[0], row, columns.k, columns, T.U, T.RAGGED, "evict_first", T)
+    dy = load_chunk(p_dy, 0, sizes[0], row, columns.k, columns, T.U, T.WHOLE, "evict_first", T)
     zero = tl.full((T.R, T.K), 0.0, T.ACC)
     sums = Sums(zero, zero)
     g = ()
     for u in tl.static_range(DEPTH):
         tile = gradient_tile(
-            dy[u], x[u], p_residual, p_bits, u * T.R, sizes[0], row, columns, affine, T.RAGGED, T
+            dy[u],
+            x[u],
+            p_residual,
+            p_bits,
+            u * T.R,
+            sizes[0],
+            row,
+            columns,
+            affine,
+            u >= T.WHOLE,
+            T,
         )
         sums = add_tile(sums, tile, x[u], affine, T)
         g = g + (tile,)
-    sums = Sums(fold_sums(sums.g, columns, first, T), fold_sums(sums.product, columns, first, T))
+    sums = Sums(fold_sums(sums.g, columns, T), fold_sums(sums.product, columns, T))
     channel = first + tl.arange(0, T.G)
     mask = (tl.arange(0, T.G) < T.CHANNELS) & (channel < sizes[1])
     store_parameters(dparameters, sums, p_stats, channel, mask, sizes[1], T)
     lost = None
     if TRAINING:
-        lost = project(sums, sizes[0] * T.INNER, invstd, columns, first, T)
+        lost = project(sums, sizes[0] * T.INNER, invstd, columns, T)
     for u in tl.static_range(DEPTH):
         store_gradients(
             g[u],
@@ -317,6 +325,6 @@ def backward_kernel(
             columns,
             affine,
             lost,
-            T.RAGGED,
+            u >= T.WHOLE,
             T,
         )

@@ -6,17 +6,11 @@ import triton
 import triton.language as tl
 
 from triton_bn.kernels.activation import activate, steep
-from triton_bn.kernels.moments import (
-    Moments,
-    chunk_moments,
-    fold_moments,
-    load_base,
-    merge_partials,
-)
+from triton_bn.kernels.moments import held_moments, merge_partials
 from triton_bn.kernels.tile import (
     double,
-    load_channel,
     load_chunk,
+    load_columns,
     load_dense,
     owns,
     row_length,
@@ -40,9 +34,8 @@ class Affine(NamedTuple):
 @triton.jit
 def column_affine(mean, invstd, parameters, columns, T: tl.constexpr):
     """The transform of each column from its statistics [1, K] and (weight, bias)."""
-    weight = load_channel(parameters[0], columns.channel, columns.exists, 1.0, T.ACC)
-    bias = load_channel(parameters[1], columns.channel, columns.exists, 0.0, T.ACC)
-    return Affine(mean, invstd * weight[None, :], bias[None, :])
+    weight = load_columns(parameters[0], 1, columns, 1.0, T)
+    return Affine(mean, invstd * weight, load_columns(parameters[1], 1, columns, 0.0, T))
 
 
 @triton.jit
@@ -133,8 +126,7 @@ def normalize_item(
     DEPTH: tl.constexpr = T.U
     row = row_length(sizes[1], sizes[2], T)
     columns = tile_columns(i_block * T.K, row, sizes[2], strides, T)
-    first = columns.begin // sizes[2]
-    channel = first + tl.arange(0, T.G)
+    channel = columns.first + tl.arange(0, T.G)
     owner = owns(channel, i_block, i_split, sizes, T)
     if p_partials is None:
         mask = channel < sizes[1]
@@ -149,21 +141,19 @@ def normalize_item(
         invstd = tl.rsqrt(a.m2 / tl.maximum(a.count, 1) + double(eps, T.ACC))
         publish(p_stats, running, momentum, a, invstd, channel, owner, sizes[1], CUMULATIVE, T)
     affine = column_affine(
-        spread(mean, columns, first, T), spread(invstd, columns, first, T), parameters, columns, T
+        spread(mean, columns, T), spread(invstd, columns, T), parameters, columns, T
     )
     n_begin, n_ragged, n_end = row_range(i_split, rows, sizes[0], T)
     for n in range(n_begin, n_ragged, T.R * T.U):
         x = load_chunk(
-            p_x, n, n_end, strides[0], columns.offset, columns, T.U, False, "evict_first", T
+            p_x, n, n_end, strides[0], columns.offset, columns, T.U, T.U, "evict_first", T
         )
         for u in tl.static_range(DEPTH):
             transform_tile(
                 x[u], p_y, p_residual, p_bits, n + u * T.R, n_end, row, columns, affine, False, T
             )
     for n in range(n_ragged, n_end, T.R):
-        x = load_chunk(
-            p_x, n, n_end, strides[0], columns.offset, columns, 1, True, "evict_first", T
-        )
+        x = load_chunk(p_x, n, n_end, strides[0], columns.offset, columns, 1, 0, "evict_first", T)
         transform_tile(x[0], p_y, p_residual, p_bits, n, n_end, row, columns, affine, True, T)
 
 
@@ -203,18 +193,17 @@ def forward_kernel(
     end = tl.minimum(begin + T.CHANNELS * T.INNER, row)
     columns = tile_columns(begin, end, T.INNER, strides, T)
     x = load_chunk(
-        p_x, 0, sizes[0], strides[0], columns.offset, columns, T.U, T.RAGGED, "evict_first", T
+        p_x, 0, sizes[0], strides[0], columns.offset, columns, T.U, T.WHOLE, "evict_first", T
     )
-    base = load_base(p_x, columns.channel, strides, columns.exists, T)[None, :]
-    a = fold_moments(chunk_moments(x, base, 0, sizes[0], T.RAGGED, T), columns, first, T)
     channel = first + tl.arange(0, T.G)
-    a = Moments(a.count, load_base(p_x, channel, strides, channel < sizes[1], T) + a.mean, a.m2)
-    invstd = tl.rsqrt(a.m2 / tl.maximum(a.count, 1) + double(eps, T.ACC))
-    publish(p_stats, running, momentum, a, invstd, channel, a.count > 0, sizes[1], False, T)
+    owner = (tl.arange(0, T.G) < T.CHANNELS) & (channel < sizes[1])
+    a = held_moments(x, p_x, columns, channel, sizes, strides, T)
+    invstd = tl.rsqrt(a.m2 / a.count + double(eps, T.ACC))
+    publish(p_stats, running, momentum, a, invstd, channel, owner, sizes[1], False, T)
     affine = column_affine(
-        spread(a.mean, columns, first, T), spread(invstd, columns, first, T), parameters, columns, T
+        spread(a.mean, columns, T), spread(invstd, columns, T), parameters, columns, T
     )
     for u in tl.static_range(DEPTH):
         transform_tile(
-            x[u], p_y, p_residual, p_bits, u * T.R, sizes[0], row, columns, affine, T.RAGGED, T
+            x[u], p_y, p_residual, p_bits, u * T.R, sizes[0], row, columns, affine, u >= T.WHOLE, T
         )

@@ -7,6 +7,8 @@ inequality), so the subtraction M2 = sum d**2 - (sum d)**2 / U cannot cancel mor
 whatever the data; and it costs three instructions a value, without a division. Slots, then columns, then
 programs are merged by Chan's rule in an order that the shapes alone decide: the same bits on every run.
 Until the last merge all means of a channel are kept relative to its first value (:func:`load_base`).
+A program that holds whole channels has no need of slots: it takes the mean, and then the deviations from it
+(:func:`held_moments`).
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +16,16 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from triton_bn.kernels.tile import load_chunk, members, row_length, row_range, tile_columns
+from triton_bn.kernels.tile import (
+    fold_sums,
+    load_chunk,
+    load_columns,
+    members,
+    row_length,
+    row_range,
+    spread,
+    tile_columns,
+)
 
 
 class Moments(NamedTuple):
@@ -47,6 +58,13 @@ def merge_axis(a, axis: tl.constexpr):
 
 
 @triton.jit
+def less(square, share):
+    """square - share >= 0. A variance that the dtype cannot hold is infinite, not inf - inf."""
+    m2 = square - share
+    return tl.where(square == float("inf"), square, tl.where(m2 < 0, 0, m2))
+
+
+@triton.jit
 def chunk_moments(tiles, base, n, n_end, RAGGED: tl.constexpr, T: tl.constexpr):
     """Moments of the slots of U tiles: count [R, 1], mean - base and M2 [R, K]. RAGGED: rows end at n_end."""
     DEPTH: tl.constexpr = T.U
@@ -65,10 +83,7 @@ def chunk_moments(tiles, base, n, n_end, RAGGED: tl.constexpr, T: tl.constexpr):
         total += d
         square += d * d
     mean = total / tl.maximum(count, 1)
-    m2 = square - total * mean
-    m2 = tl.where(m2 < 0, 0, m2)
-    # A variance that the dtype cannot hold is infinite, not inf - inf.
-    return Moments(count, origin - base + mean, tl.where(square == float("inf"), square, m2))
+    return Moments(count, origin - base + mean, less(square, total * mean))
 
 
 @triton.jit
@@ -83,14 +98,14 @@ def load_base(p_x, channel, strides, mask, T: tl.constexpr):
 
 
 @triton.jit
-def fold_moments(a, columns, first, T: tl.constexpr):
+def fold_moments(a, columns, T: tl.constexpr):
     """Moments of slots [R, K] → of channels first + [0, G)."""
     a = merge_axis(a, 0)
     count = tl.where(columns.mask, a.count, 0)
     if T.EACH:
         return Moments(count, a.mean, a.m2)
     else:
-        member = members(columns, first, T.G)
+        member = members(columns, T.G)
         return merge_axis(
             Moments(
                 tl.where(member, count[None, :], 0),
@@ -99,6 +114,35 @@ def fold_moments(a, columns, first, T: tl.constexpr):
             ),
             1,
         )
+
+
+@triton.jit
+def held_moments(tiles, p_x, columns, channel, sizes, strides, T: tl.constexpr):
+    """Moments of whole channels [G], all of whose values are in U tiles: two passes over registers.
+
+    The deviations are from the mean as it was rounded; their own mean is what that took.
+    """
+    DEPTH: tl.constexpr = T.U
+    i_row = tl.arange(0, T.R)[:, None]
+    zero = tl.full((T.R, T.K), 0.0, T.ACC)
+    count = tl.cast(sizes[0] * T.INNER, T.ACC)
+    base = load_columns(p_x, strides[1], columns, 0.0, T)
+    total = zero
+    for u in tl.static_range(DEPTH):
+        d = tiles[u].to(T.ACC) - base
+        total += tl.where(i_row + u * T.R < sizes[0], d, 0) if u >= T.WHOLE else d
+    mean = load_base(p_x, channel, strides, channel < sizes[1], T)
+    mean += fold_sums(total, columns, T) / count
+    center = spread(mean, columns, T)
+    total, square = zero, zero
+    for u in tl.static_range(DEPTH):
+        d = tiles[u].to(T.ACC) - center
+        d = tl.where(i_row + u * T.R < sizes[0], d, 0) if u >= T.WHOLE else d
+        total += d
+        square += d * d
+    rest = fold_sums(total, columns, T) / count
+    square = fold_sums(square, columns, T)
+    return Moments(count, mean + rest, less(square, count * rest * rest))
 
 
 @triton.jit
@@ -143,23 +187,22 @@ def moments_item(p_x, p_partials, i_block, i_split, sizes, strides, partial, T: 
     row = row_length(sizes[1], sizes[2], T)
     columns = tile_columns(i_block * T.K, row, sizes[2], strides, T)
     n_begin, n_ragged, n_end = row_range(i_split, partial[0], sizes[0], T)
-    base = load_base(p_x, columns.channel, strides, columns.exists, T)[None, :]
+    base = load_columns(p_x, strides[1], columns, 0.0, T)
     zero = tl.full((T.R, T.K), 0.0, T.ACC)
     a = Moments(tl.full((T.R, 1), 0.0, T.ACC), zero, zero)
     for n in range(n_begin, n_ragged, T.R * T.U):
         x = load_chunk(
-            p_x, n, n_end, strides[0], columns.offset, columns, T.U, False, "evict_last", T
+            p_x, n, n_end, strides[0], columns.offset, columns, T.U, T.U, "evict_last", T
         )
         a = merge(a, chunk_moments(x, base, n, n_end, False, T))
     if n_ragged < n_end:
         x = load_chunk(
-            p_x, n_ragged, n_end, strides[0], columns.offset, columns, T.U, True, "evict_last", T
+            p_x, n_ragged, n_end, strides[0], columns.offset, columns, T.U, 0, "evict_last", T
         )
         a = merge(a, chunk_moments(x, base, n_ragged, n_end, True, T))
 
-    first = columns.begin // sizes[2]
-    a = fold_moments(a, columns, first, T)
-    channel = first + tl.arange(0, T.G)
+    a = fold_moments(a, columns, T)
+    channel = columns.first + tl.arange(0, T.G)
     q = i_split * partial[2] + i_block - channel * sizes[2] // T.K
     o = q * sizes[1] + channel
     tl.store(p_partials + o, a.mean, mask=a.count > 0)

@@ -23,21 +23,23 @@ class Constants(NamedTuple):
     PARAMETER: Any  #: the activation's parameter, or None
     CHANNELS: int = 0  #: resident: whole channels of a program
     INNER: int = 0  #: resident: S
-    RAGGED: bool = False  #: resident: the tiles may reach past the last row
+    WHOLE: int = 0  #: resident: tiles that do not reach past the last row
     Q: int = 1  #: partials merged at a time
     K_PARTIAL: int = 1  #: columns of the tile that the partials come from
 
 
 class Columns(NamedTuple):
-    """The columns of a tile: [begin, end) of a row, and per column [K] ..."""
+    """The columns of a tile: [begin, end) of a row, the first's channel, the next channel (where there is
+    none, the first's), and per column [K] ..."""
 
     begin: Any
     end: Any
+    first: Any
+    second: Any
     k: Any  #: ... its position in a dense row,
     offset: Any  #: ... its position in a row of the input,
     mask: Any  #: ... whether it lies before the end,
-    channel: Any  #: ... its channel: [1] where all are of one, so that what a channel has is read and held once,
-    exists: Any  #: ... and whether there is such a channel.
+    channel: Any  #: ... and its channel: [1] where all are of one, so that what it has is read and held once.
 
 
 @triton.jit
@@ -59,18 +61,20 @@ def tile_columns(begin, end, inner, strides, T: tl.constexpr):
     if T.WIDE:
         begin = tl.cast(begin, tl.int64)
     k = begin + tl.arange(0, T.K)
-    mask = k < end
+    first = begin // inner
+    edge = (first + 1) * inner
+    second = tl.where(edge < end, first + 1, first)
     if T.G == 1:
-        channel = begin // inner + tl.arange(0, 1)
-        exists = channel >= 0
+        channel = first + tl.arange(0, 1)
+    elif T.G == 2:  # one division a program, not one a column
+        channel = tl.where(k < edge, first, second)
     else:
         channel = k // inner
-        exists = mask
     if T.DENSE:
         offset = k
     else:
         offset = channel * strides[1] + (k - channel * inner) * strides[2]
-    return Columns(begin, end, k, offset, mask, channel, exists)
+    return Columns(begin, end, first, second, k, offset, k < end, channel)
 
 
 @triton.jit
@@ -125,14 +129,14 @@ def store_dense(p, value, n, n_end, row, columns, RAGGED: tl.constexpr, T: tl.co
 @triton.jit
 def load_chunk(
     p, n, n_end, stride, o_column, columns,
-    U: tl.constexpr, RAGGED: tl.constexpr, POLICY: tl.constexpr, T: tl.constexpr,
+    U: tl.constexpr, WHOLE: tl.constexpr, POLICY: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """U tiles below one another, all in flight together; RAGGED: rows may end before they do."""
+    """U tiles below one another, all in flight together. All but the first WHOLE may reach past the last row."""
     tiles = ()
     for u in tl.static_range(U):
         offsets = tile_offsets(n + u * T.R, stride, o_column, T.VECTOR, T)
-        mask = tile_mask(n + u * T.R, n_end, columns.mask, RAGGED, T)
-        tiles = tiles + (load(p, offsets, mask, RAGGED or T.MASKED, POLICY),)
+        mask = tile_mask(n + u * T.R, n_end, columns.mask, u >= WHOLE, T)
+        tiles = tiles + (load(p, offsets, mask, u >= WHOLE or T.MASKED, POLICY),)
     return tiles
 
 
@@ -152,35 +156,54 @@ def owns(channel, i_block, i_split, sizes, T: tl.constexpr):
 
 
 @triton.jit
-def members(columns, first, G: tl.constexpr):
+def members(columns, G: tl.constexpr):
     """[G, K]: whether column k belongs to channel first + g."""
-    return ((columns.channel - first)[None, :] == tl.arange(0, G)[:, None]) & columns.mask[None, :]
+    g = columns.channel - columns.first
+    return (g[None, :] == tl.arange(0, G)[:, None]) & columns.mask[None, :]
 
 
 @triton.jit
-def fold_sums(v, columns, first, T: tl.constexpr):
+def fold_sums(v, columns, T: tl.constexpr):
     """[R, K] sums of slots → [G] sums of channels first + g."""
-    v = tl.sum(v, 0)
+    GROUP: tl.constexpr = T.G
     if T.EACH:
-        return tl.where(columns.mask, v, 0)
+        return tl.where(columns.mask, tl.sum(v, 0), 0)
+    elif T.G <= 2:  # at once: by rows and then by columns takes four times the barriers
+        sums = tl.full((T.G,), 0.0, T.ACC)
+        for g in tl.static_range(GROUP):
+            member = (columns.channel == columns.first + g) & columns.mask
+            sums = tl.where(tl.arange(0, T.G) == g, tl.sum(tl.where(member, v, 0)), sums)
+        return sums
     else:
-        return tl.sum(tl.where(members(columns, first, T.G), v[None, :], 0), 1)
+        return tl.sum(tl.where(members(columns, T.G), tl.sum(v, 0)[None, :], 0), 1)
 
 
 @triton.jit
-def spread(v, columns, first, T: tl.constexpr):
+def spread(v, columns, T: tl.constexpr):
     """[G] channels → [1, K] columns, or [1, 1]: each column gets its channel's value."""
     if T.EACH or T.G == 1:
         return v[None, :]
+    elif T.G == 2:
+        is_first = tl.arange(0, 2) == 0
+        first, second = tl.sum(tl.where(is_first, v, 0), 0), tl.sum(tl.where(is_first, 0, v), 0)
+        return tl.where(columns.channel == columns.first, first, second)[None, :]
     else:
-        g = tl.minimum(columns.channel - first, T.G - 1)
+        g = tl.minimum(columns.channel - columns.first, T.G - 1)
         return tl.gather(v, tl.cast(g, tl.int32), 0)[None, :]
 
 
 @triton.jit
-def load_channel(p, channel, mask, default, ACC: tl.constexpr):
-    """A parameter's value for each of the channels, or the default where there is no parameter."""
+def load_columns(p, stride, columns, default, T: tl.constexpr):
+    """What each column's channel has at p + channel * stride, [1, K] or [1, 1]; without p the default."""
     if p is None:
-        return tl.full(channel.shape, default, ACC)
+        return tl.full((1, 1), default, T.ACC)
     else:
-        return tl.load(p + channel, mask=mask, other=0.0).to(ACC)
+        if T.G == 1:
+            v = tl.load(p + columns.channel * stride)
+        elif T.G == 2:  # two loads a program, not one a column
+            first = tl.load(p + columns.first * stride)
+            second = tl.load(p + columns.second * stride)
+            v = tl.where(columns.channel == columns.first, first, second)
+        else:
+            v = tl.load(p + columns.channel * stride, mask=columns.mask, other=0.0)
+        return v.to(T.ACC)[None, :]

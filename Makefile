@@ -41,7 +41,7 @@ lint: $(READY)
 
 # Runs every notebook from top to bottom and writes its outputs back.
 notebooks: $(READY)
-	$(PY) -m nbclient.cli --inplace --NotebookClient.record_timing=False notebooks/[0-9]*.ipynb
+	$(PY) notebooks/execute.py
 
 # Whole models of torchvision, timm and transformers.
 test-models: $(MODELS)

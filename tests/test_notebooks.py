@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 nbformat = pytest.importorskip("nbformat")
-nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("nbclient")
+
+from notebooks.execute import execute, main  # noqa: E402
 
 # Not the notebooks' affair: the kernel's transport, and asyncio's in nbclient, warn now and then.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -80,6 +82,22 @@ def test_a_notebook_is_kept_executed_and_clean(name: str) -> None:
         assert place not in printed, f"{name} shows a path of the machine it ran on"
 
 
+def test_main_writes_outputs_back_and_says_where_a_cell_fails(tmp_path: Path) -> None:
+    path = tmp_path / "sum.ipynb"
+
+    def run(cell: str) -> dict[str, Any]:
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)]), path)
+        main([path])
+        kept: dict[str, Any] = nbformat.read(path, 4).cells[0]
+        return kept
+
+    cell = run("6 * 7")
+    assert cell["outputs"][0]["data"]["text/plain"] == "42"
+    assert cell["metadata"] == {}, "when it ran is nobody's affair"
+    with pytest.raises(Exception, match="ZeroDivisionError"):
+        run("1 / 0")
+
+
 @pytest.fixture
 def found(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Executes a copy of the notebook; the answer to what is asked of it."""
@@ -94,12 +112,7 @@ def found(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     notebook = nbformat.read(copied, 4)
     question = f"import json\nprint({MARK!r} + json.dumps({ASKED[name]}))"
     notebook.cells.append(nbformat.v4.new_code_cell(question))
-    nbclient.NotebookClient(
-        notebook,
-        timeout=300,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(tmp_path)}},
-    ).execute()
+    execute(notebook, tmp_path)
     answer = notebook.cells[-1].outputs[-1].text
     return json.loads(answer[answer.index(MARK) + len(MARK) :])
 

@@ -159,7 +159,7 @@ def batch_norm(
         mean = mean_of(v)
         var = mean_of((v - mean).square())
         e_mean = u * (2 * mean.abs() + depth * mean_of((v - mean).abs()))
-        e_var = 2 * depth * u * var + e_mean.square()
+        e_var = 2 * depth * u * var
         for name, old, batch, e_batch in (
             ("running_mean", running_mean, mean, e_mean),
             ("running_var", running_var, var * count / (count - 1), e_var * count / (count - 1)),

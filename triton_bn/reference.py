@@ -85,12 +85,12 @@ def _reduced(x: Tensor) -> list[int]:
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations of each channel: two tensors (C,) of the accumulation dtype."""
-    base, offset, m2 = _moments(x)
-    return base + offset, m2
+    base, mean, rest, m2 = _moments(x)
+    return base + mean + rest, m2
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean in two parts, that their sum would round, and the sum of squared deviations from it."""
+def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The mean in three parts, that their sum would round, and the sum of squared deviations from it."""
     x = x.to(accumulator(x.dtype))
     # Relative to a channel's first value, then to the mean found there: sums of many values far from
     # zero would be some roundings off, and constant channels would not come out as they are.
@@ -100,13 +100,13 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = x - _channelwise(mean, x)
     rest = x.mean(_reduced(x))
     m2 = (x - _channelwise(rest, x)).square().sum(_reduced(x))
-    return base.reshape(-1), mean + rest, m2
+    return base.reshape(-1), mean, rest, m2
 
 
 def row(x: Tensor, tag: int) -> Tensor:
     """The row (:mod:`triton_bn.sync`) of x, (2 * C + 2,) of float64: mean, M2, count and tag."""
-    base, offset, m2 = (t.double() for t in _moments(x))
-    return torch.cat([base + offset, m2, m2.new_tensor([x.numel() // x.shape[1], tag])])
+    base, mean, rest, m2 = (t.double() for t in _moments(x))
+    return torch.cat([base + mean + rest, m2, m2.new_tensor([x.numel() // x.shape[1], tag])])
 
 
 def merge(

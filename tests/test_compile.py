@@ -2,8 +2,8 @@
 
 Everything is compiled offline by :func:`triton_bn.report.compile_all`, in processes without
 Triton's interpreter. sm_90 gets all layers of four networks, all activations and dtypes, and all
-candidates of a problem of each driver; sm_80, sm_100 and gfx942 get a part of each. No kernel may
-spill.
+candidates of a problem of each driver; sm_80, sm_100 and gfx942 get a part of each. No kernel of
+the networks may spill, and no other run out of registers.
 
 A thread must move 16 bytes at a time wherever the layout allows it, that is where rows of x and of
 what is dense start on 16 bytes: at every layer of the networks, whose channels are multiples of 8.
@@ -72,14 +72,26 @@ def chosen(problems: Iterable[Problem], target: str) -> list[Case]:
     return [case for p in problems for case in plans(p, target, search=False)]
 
 
-def complaints(case: Case, kernel: KernelFacts) -> list[str]:
+def runs_out(target: str, kernel: KernelFacts) -> bool:
+    """Whether it spills for want of registers.
+
+    Where there are more to take, ptxas at times spills a few bytes, once a program, for more programs
+    at a time. Which Triton does so for which plan is chance; whether it pays is what a search measures.
+    """
+    if not target.startswith("sm_"):
+        return kernel.spilled > 0
+    most = min(255, 2048 // kernel.warps)
+    return kernel.spilled > (0 if kernel.registers >= most else 16)
+
+
+def complaints(case: Case, kernel: KernelFacts, strict: bool) -> list[str]:
     problem, _, target = case
     found = []
-    if kernel.spilled:
-        found.append(f"spills {kernel.spilled} bytes")
+    if kernel.spilled if strict else runs_out(target, kernel):
+        found.append(f"spills {kernel.spilled} bytes at {kernel.registers} registers")
     processors = TARGETS[target].device.processors
     if problem.numel * problem.itemsize >= processors * 16 << 10:
-        if kernel.programs < 0.9 * min(processors, 148):
+        if kernel.programs < 0.875 * min(processors, 148):
             found.append(f"{kernel.programs} programs")
         if problem.vector * problem.itemsize == 16:
             for name, size in [*kernel.loads.items(), *kernel.stores.items()]:
@@ -88,12 +100,13 @@ def complaints(case: Case, kernel: KernelFacts) -> list[str]:
     return found
 
 
-def assert_sound(cases: Sequence[Case]) -> None:
+def assert_sound(cases: Sequence[Case], *, strict: bool = False) -> None:
+    """``strict``: without a byte spilled."""
     bad = [
         f"{case.target} {case.problem}, {case.plan}: {kernel.kernel}: {text}"
         for case, facts in zip(cases, compiled(cases), strict=True)
         for kernel in facts
-        for text in complaints(case, kernel)
+        for text in complaints(case, kernel, strict)
     ]
     assert not bad, f"{len(bad)} complaints:\n" + "\n".join(bad)
 
@@ -110,7 +123,7 @@ def test_the_plans_of_networks(layout: str) -> None:
         for layer in NETWORKS[network]
         for batch in (1, 32, 256)
     }
-    assert_sound(chosen(both(*layers), "sm_90"))
+    assert_sound(chosen(both(*layers), "sm_90"), strict=True)
 
 
 def test_the_plans_of_resnet_50_elsewhere() -> None:
@@ -119,7 +132,8 @@ def test_the_plans_of_resnet_50_elsewhere() -> None:
         for layer in NETWORKS["ResNet-50"][1::2]
         for layout in ("contiguous", "channels_last")
     ]
-    assert_sound([case for target in OTHERS for case in chosen(both(*layers), target)])
+    cases = [case for target in OTHERS for case in chosen(both(*layers), target)]
+    assert_sound(cases, strict=True)
 
 
 #: One of each kind of problem that has code of its own in the kernels.
@@ -156,11 +170,7 @@ def test_every_activation() -> None:
 
 
 def test_every_candidate() -> None:
-    """Of a middle layer and of a large input. No candidate runs out of registers.
-
-    Where it has more to take, ptxas at times spills a few bytes, once a program, for more programs at
-    a time: whether that pays is what a search measures.
-    """
+    """Of a middle layer and of a large input."""
     problems = both(problem((32, 256, 14, 14)), problem((256, 256, 56, 56)))
     cases = {}
     for case in [case for p in problems for case in plans(p, "sm_90")]:
@@ -176,8 +186,7 @@ def test_every_candidate() -> None:
         f"{kernel.registers} registers"
         for case, facts in zip(cases.values(), compiled([*cases.values()]), strict=True)
         for kernel in facts
-        if kernel.spilled > 16
-        or (kernel.spilled and kernel.registers >= min(255, (64 << 10) // (kernel.warps * 32)))
+        if runs_out(case.target, kernel)
     ]
     assert not bad, "\n".join(bad)
 

@@ -326,8 +326,8 @@ def _streamed(problem: Problem, device: Device) -> Iterator[Plan]:
         if window == 0:
             return
         # Two items a phase and program: with fewer, most would wait for the slowest.
-        splits = min(-(-2 * programs // window), -(-problem.outer // (tile.rows * tile.depth)))
-        tile = replace(tile, splits=max(splits, 1))
+        splits = _dealt(problem.outer, tile.rows * tile.depth, -(-2 * programs // window))
+        tile = replace(tile, splits=splits)
         yield Plan("streamed", tile, tile, window=window, programs=programs)
 
 
@@ -338,7 +338,9 @@ def _tile(problem: Problem, device: Device, scale: int, depth: int, warps: int) 
     if problem.inner == 1:
         columns, programs = 4 * vector, 2 * device.processors * scale  # rows of 64 bytes
     else:
-        columns, programs = values, 8 * device.processors * scale
+        # Two channels a tile at most, where its rows are whole cache lines then: those fold with least ado.
+        columns = max(power_of_two(problem.inner + 2) // 2, 128 // problem.itemsize)
+        columns, programs = min(columns, values), 8 * device.processors * scale
         if power_of_two(problem.outer) < depth:
             # There are not so many rows to have in flight: longer ones, then.
             columns *= min(max(depth, 4) // power_of_two(problem.outer), 32 // vector)
@@ -356,13 +358,21 @@ def _tile(problem: Problem, device: Device, scale: int, depth: int, warps: int) 
         columns //= 2
     blocks = -(-problem.row // columns)
     rows = max(min(values // columns, power_of_two(problem.outer)), 1)
+    most = min(programs // blocks, _most_splits(problem, columns))
+    splits = _dealt(problem.outer, rows * depth, most)
     # Fewer tiles in flight rather than fewer programs than processors.
-    while depth > 1 and blocks * -(-problem.outer // (rows * depth)) < device.processors:
-        depth //= 2
-    splits = min(
-        programs // blocks, -(-problem.outer // (rows * depth)), _most_splits(problem, columns)
-    )
-    return Tile(rows, columns, depth, warps, max(splits, 1))
+    while depth > 1 and blocks * splits < device.processors:
+        more = _dealt(problem.outer, rows * depth // 2, most)
+        if more <= splits:
+            break
+        splits, depth = more, depth // 2
+    return Tile(rows, columns, depth, warps, splits)
+
+
+def _dealt(outer: int, chunk: int, most: int) -> int:
+    """Splits of which each has a row: chunks of rows are dealt out equally, and the last one gets what is left."""
+    chunks = -(-outer // chunk)
+    return -(-chunks // -(-chunks // max(most, 1)))
 
 
 def _members(problem: Problem, columns: int) -> int:

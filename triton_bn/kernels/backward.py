@@ -27,6 +27,7 @@ from triton_bn.kernels.tile import (
     store_dense,
     tile_columns,
     tile_offsets,
+    touched,
 )
 
 
@@ -171,13 +172,12 @@ def reduce_item(
         g = gradient_tile(dy[0], x[0], p_residual, p_bits, n, n_end, row, columns, affine, True, T)
         sums = add_tile(sums, g, x[0], affine, T)
 
-    channel = columns.first + tl.arange(0, T.G)
-    touched = (channel * sizes[2] < columns.begin + T.K) & (channel < sizes[1])
+    channel = touched(columns, sizes, T)
     q = i_split * partial[2] + i_block - channel * sizes[2] // T.K
     o = q * sizes[1] + channel
-    tl.store(p_partials + o, fold_sums(sums.g, columns, T), mask=touched)
+    tl.store(p_partials + o, fold_sums(sums.g, columns, T), mask=channel < sizes[1])
     o += partial[1] * partial[2] * sizes[1]
-    tl.store(p_partials + o, fold_sums(sums.product, columns, T), mask=touched)
+    tl.store(p_partials + o, fold_sums(sums.product, columns, T), mask=channel < sizes[1])
 
 
 @triton.jit
@@ -218,7 +218,7 @@ def apply_item(
     invstd, affine = load_statistics(p_stats, parameters, columns, sizes[1], T)
     lost = None
     if p_partials is not None:
-        channel = columns.first + tl.arange(0, T.G)
+        channel = touched(columns, sizes, T)
         sums = merge_sums(p_partials, channel, sizes, partial, T)
         owner = owns(channel, i_block, i_split, sizes, T)
         store_parameters(dparameters, sums, p_stats, channel, owner, sizes[1], T)

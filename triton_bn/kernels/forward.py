@@ -20,6 +20,7 @@ from triton_bn.kernels.tile import (
     tile_columns,
     tile_mask,
     tile_offsets,
+    touched,
 )
 
 
@@ -126,7 +127,7 @@ def normalize_item(
     DEPTH: tl.constexpr = T.U
     row = row_length(sizes[1], sizes[2], T)
     columns = tile_columns(i_block * T.K, row, sizes[2], strides, T)
-    channel = columns.first + tl.arange(0, T.G)
+    channel = touched(columns, sizes, T)
     owner = owns(channel, i_block, i_split, sizes, T)
     if p_partials is None:
         mask = channel < sizes[1]

@@ -149,6 +149,13 @@ def row_range(i_split, rows, n, T: tl.constexpr):
 
 
 @triton.jit
+def touched(columns, sizes, T: tl.constexpr):
+    """[G]: the channels that columns of the tile belong to, and C beyond those."""
+    channel = columns.first + tl.arange(0, T.G)
+    return tl.where(channel * sizes[2] < columns.begin + T.K, channel, sizes[1])
+
+
+@triton.jit
 def owns(channel, i_block, i_split, sizes, T: tl.constexpr):
     """Whether an item is the one to write what there is once a channel: its first block, in the first split."""
     limit = tl.where(i_split == 0, sizes[1], 0)

@@ -161,11 +161,11 @@ class Plan:
 #: sm_100 and gfx942 (backward holds x and dy). Half of it in float64.
 RESIDENT = {"forward": 32 << 10, "backward": 16 << 10}
 
-#: Bytes of each input that a streamed window takes: a modelled L2 of 36 MB still held them at the second read.
-WINDOW = {"forward": 6 << 20, "backward": 4 << 20}
-
 #: The same for one of its threads, and what of that may be one tile, whose values are widened all at once.
 THREAD, WIDENED = 64, 16
+
+#: Bytes of each input that a streamed window takes: a modelled L2 of 36 MB still held them at the second read.
+WINDOW = {"forward": 6 << 20, "backward": 4 << 20}
 
 #: Tiles that a resident program loads by straight-line code; twice as many took minutes to compile.
 DEPTH = 24

@@ -25,6 +25,7 @@ def package(name: str) -> Any:
 
 
 def torchvision() -> Any:
+    """torchvision, whatever torch it was compiled for: its models need none of its operators."""
     if "torchvision" not in sys.modules:
         try:
             importlib.import_module("torchvision")

@@ -174,7 +174,7 @@ def described(shape: tuple[int, ...], last: bool, dtype: torch.dtype) -> list[Pr
 @pytest.mark.parametrize("name", ["A100", "H100", "B200", "MI300X"])
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 def test_networks_fill_the_gpu(name: str, last: bool) -> None:
-    """With 16 KB of input for each processor and more, seven in eight of up to 148 have a program."""
+    """With 16 KB of input for each processor and more, eight in nine of up to 148 have a program with rows."""
     device = DEVICES[name]
     bad = []
     for shape in layers():
@@ -190,7 +190,7 @@ def test_networks_fill_the_gpu(name: str, last: bool) -> None:
                     for tile in (plan.transform, plan.reduce)
                     if tile is not None
                 )
-            if programs < 0.875 * min(device.processors, 148):
+            if 9 * programs < 8 * min(device.processors, 148):
                 bad.append(f"{problem}: {plan}: {programs} programs")
     assert not bad, f"{len(bad)}:\n" + "\n".join(bad)
 

@@ -32,9 +32,8 @@ def main(paths: list[Path]) -> None:
         print(path.name, flush=True)
         notebook = nbformat.read(path, 4)
         execute(notebook, path.parent)
-        notebook.metadata["language_info"] = {
-            "name": "python"
-        }  # not which: it would change every file
+        # Not which Python ran it: that would change every file.
+        notebook.metadata["language_info"] = {"name": "python"}
         nbformat.write(notebook, path)
 
 

@@ -3,7 +3,7 @@
 Everything is compiled offline by :func:`triton_bn.report.compile_all`, in processes without
 Triton's interpreter. sm_90 gets all layers of four networks, all activations and dtypes, and all
 candidates of a problem of each driver; sm_80, sm_100 and gfx942 get a part of each. No kernel of
-the networks may spill, and no other run out of registers.
+the networks may spill, nor any other with the Triton that is pinned (:data:`TRADED`).
 
 A thread must move 16 bytes at a time wherever the layout allows it, that is where rows of x and of
 what is dense start on 16 bytes: at every layer of the networks, whose channels are multiples of 8.
@@ -21,6 +21,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
+from torch.torch_version import TorchVersion
 
 from perf.shapes import NETWORKS
 from triton_bn import launch, report
@@ -72,16 +74,15 @@ def chosen(problems: Iterable[Problem], target: str) -> list[Case]:
     return [case for p in problems for case in plans(p, target, search=False)]
 
 
-def runs_out(target: str, kernel: KernelFacts) -> bool:
-    """Whether it spills for want of registers.
+#: Bytes a thread that ptxas may spill though there are more registers to take: now and then it trades a
+#: few, once a program, for more programs at a time. For which plan that pays is what a search measures.
+TRADED = 0 if TorchVersion(triton.__version__) >= "3.9" else 16
 
-    Where there are more to take, ptxas at times spills a few bytes, once a program, for more programs
-    at a time. Which Triton does so for which plan is chance; whether it pays is what a search measures.
-    """
-    if not target.startswith("sm_"):
-        return kernel.spilled > 0
-    most = min(255, 2048 // kernel.warps)
-    return kernel.spilled > (0 if kernel.registers >= most else 16)
+
+def runs_out(target: str, kernel: KernelFacts) -> bool:
+    """Whether it spills for want of registers."""
+    free = target.startswith("sm_") and kernel.registers < min(255, 2048 // kernel.warps)
+    return kernel.spilled > (TRADED if free else 0)
 
 
 def complaints(case: Case, kernel: KernelFacts, strict: bool) -> list[str]:
@@ -101,7 +102,7 @@ def complaints(case: Case, kernel: KernelFacts, strict: bool) -> list[str]:
 
 
 def assert_sound(cases: Sequence[Case], *, strict: bool = False) -> None:
-    """``strict``: without a byte spilled."""
+    """``strict``: without a byte spilled, whatever the Triton."""
     bad = [
         f"{case.target} {case.problem}, {case.plan}: {kernel.kernel}: {text}"
         for case, facts in zip(cases, compiled(cases), strict=True)

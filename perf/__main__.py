@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from perf.cases import select
-from triton_bn import cache
 from triton_bn.plan import Device
-from triton_bn.tune import WITHOUT_GPU
+from triton_bn.tuning import cache
+from triton_bn.tuning.tune import WITHOUT_GPU
 
 __all__ = ["RESULTS", "main"]
 

@@ -183,7 +183,7 @@ class Results:
         path = folder / "bench.json"
         data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         self.rows: list[Row] = data.get("rows", [])
-        #: The tables of searches, as ``triton_bn.results.Result.as_rows`` has them.
+        #: The tables of searches, as ``triton_bn.tuning.results.Result.as_rows`` has them.
         self.search: list[Row] = data.get("search", [])
 
     def has(self, case: Case, lab: Lab) -> bool:

@@ -11,11 +11,11 @@ import torch
 from perf.cases import Case
 from perf.runner import Results
 from triton_bn import launch
+from triton_bn.inspection.report import gradient_of
 from triton_bn.plan import Device, Plan, candidates
 from triton_bn.problem import Problem, describe
-from triton_bn.report import gradient_of
-from triton_bn.tune import export_table, resolve
-from triton_bn.tune import search as search_one
+from triton_bn.tuning.tune import export_table, resolve
+from triton_bn.tuning.tune import search as search_one
 
 __all__ = ["problems", "search"]
 

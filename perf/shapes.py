@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from triton_bn.report import RESNET50
+from triton_bn.inspection.report import RESNET50
 
 __all__ = ["EXTREMES", "NETWORKS", "Layer"]
 

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 from perf.__main__ import RESULTS
-from triton_bn import cache
 from triton_bn.plan import Device
-from triton_bn.tune import WITHOUT_GPU
+from triton_bn.tuning import cache
+from triton_bn.tuning.tune import WITHOUT_GPU
 
 __all__ = ["FILES", "Outcome", "Stage", "main", "perform"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from triton_bn import cache
-from triton_bn.cache import Document, Store
+from triton_bn.tuning import cache
+from triton_bn.tuning.cache import Document, Store
 
 #: ``cache.py`` needs nothing of the package, so a process that imports it alone starts at once.
 PREAMBLE = f"import sys; sys.path.insert(0, {os.path.dirname(cache.__file__)!r}); import cache\n"

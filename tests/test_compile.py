@@ -1,6 +1,6 @@
 """What the compiler makes of the plans, for GPUs that need not be there.
 
-Everything is compiled offline by :func:`triton_bn.report.compile_all`, in processes without
+Everything is compiled offline by :func:`triton_bn.inspection.report.compile_all`, in processes without
 Triton's interpreter. sm_90 gets all layers of four networks, all activations and dtypes, and all
 candidates of a problem of each driver; sm_80, sm_100 and gfx942 get a part of each. No kernel of
 the networks may spill, nor any other with the Triton that is pinned (:data:`TRADED`).
@@ -25,10 +25,11 @@ import triton
 from torch.torch_version import TorchVersion
 
 from perf.shapes import NETWORKS
-from triton_bn import launch, report
+from triton_bn import launch
+from triton_bn.inspection import report
+from triton_bn.inspection.report import TARGETS, Case, KernelFacts, gradient_of, plans
 from triton_bn.plan import Plan, Tile
 from triton_bn.problem import ACTIVATIONS, Activation, Problem, describe
-from triton_bn.report import TARGETS, Case, KernelFacts, gradient_of, plans
 
 #: Beside other test processes, one compiles at a time.
 JOBS = 1 if "PYTEST_XDIST_WORKER" in os.environ else None

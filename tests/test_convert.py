@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 import triton_bn
 from triton_bn import ops
-from triton_bn.convert import conversion_report, convert, revert
+from triton_bn.conversion.convert import conversion_report, convert, revert
 
 
 @pytest.fixture(autouse=True)

@@ -10,21 +10,28 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "triton_bn"
 
 FLOORS = {
-    0: ["problem", "cache", "sync", "rewrite", "binary", "arguments", "version", "kernels"],
-    1: ["reference", "oracle", "plan", "fuse"],
-    2: ["launch", "results"],
-    3: ["tune", "report"],
+    0: ["problem", "sync", "version", "tuning.cache", "conversion.rewrite", "inspection.binary"],
+    1: ["kernels", "reference", "oracle", "plan", "conversion.fuse", "commands.arguments"],
+    2: ["launch", "tuning.results"],
+    3: ["tuning.tune", "inspection.report"],
     4: ["ops"],
     5: ["functional"],
     6: ["modules"],
-    7: ["lockstep"],
-    8: ["convert", "digits", "picture"],
-    9: ["demo", "check", "info", "explain", "tune_command", "bench", "ddp_demo"],
-    10: ["__main__", "__init__"],
+    7: ["demo.lockstep", "conversion.convert"],
+    8: ["demo.digits", "demo.picture"],
+    9: ["demo.ddp", *(f"commands.{name}" for name in ("bench", "check", "demo", "info"))],
+    10: [f"commands.{name}" for name in ("inspect", "plan", "tune")],
+    11: ["__main__", "__init__"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
-FILES = sorted(PACKAGE.glob("*.py"))
 KERNELS = sorted((PACKAGE / "kernels").glob("*.py"))
+#: Every file by its dotted name; a wing's ``__init__`` holds a docstring alone.
+FILES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path not in KERNELS and (path.name != "__init__.py" or path.parent == PACKAGE)
+}
+WINGS = sorted(path for path in PACKAGE.glob("*/__init__.py") if path.parent.name != "kernels")
 
 
 def imports(source: str) -> list[str]:
@@ -32,7 +39,6 @@ def imports(source: str) -> list[str]:
 
     ``kernels.forward`` and the like count as ``kernels``.
     """
-    modules = {path.stem for path in FILES} | {"kernels"}
     found: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -40,23 +46,35 @@ def imports(source: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             base = "triton_bn" + (f".{node.module}" if node.module else "") if node.level else ""
             base = base or node.module or ""
-            if base == "triton_bn":  # from triton_bn import name: a module of it, or the root's own
-                found += [
-                    f"triton_bn.{alias.name}" if alias.name in modules else "triton_bn"
-                    for alias in node.names
-                ]
-            else:
-                found.append(base)
-    parts = [name.split(".") for name in found]
-    return [part[1] if len(part) > 1 else "" for part in parts if part[0] == "triton_bn"]
+            # from triton_bn import name: a module of it, or the root's own
+            found += [f"{base}.{alias.name}" for alias in node.names]
+    return [_module(name.split(".")[1:]) for name in found if name.split(".")[0] == "triton_bn"]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_file_imports_from_lower_floors_only(path: Path) -> None:
-    assert path.stem in FLOOR, f"{path.name} has no floor"
-    for name in imports(path.read_text(encoding="utf-8")):
-        assert name, f"{path.name} imports the package root"
-        assert FLOOR[name] < FLOOR[path.stem], f"{path.name} imports {name}"
+def _module(parts: list[str]) -> str:
+    """The module that a dotted name lies in: ``""`` for the package root's own."""
+    if parts[:1] == ["kernels"]:
+        return "kernels"
+    names = (".".join(parts[:length]) for length in (2, 1))
+    return next((name for name in names if name in FILES), "")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_file_imports_from_lower_floors_only(file: str) -> None:
+    assert file in FLOOR, f"{file} has no floor"
+    for name in imports(FILES[file].read_text(encoding="utf-8")):
+        assert name, f"{file} imports the package root"
+        assert FLOOR[name] < FLOOR[file], f"{file} imports {name}"
+
+
+def test_every_floor_holds_files_that_are_there() -> None:
+    assert FLOOR.keys() - FILES.keys() <= {"kernels"}
+
+
+@pytest.mark.parametrize("path", WINGS, ids=lambda path: path.parent.name)
+def test_a_wing_says_what_lives_there_and_holds_no_code(path: Path) -> None:
+    (docstring,) = ast.parse(path.read_text(encoding="utf-8")).body
+    assert isinstance(docstring, ast.Expr)
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
@@ -92,6 +110,8 @@ def test_kernels_hold_jit_functions_only(path: Path) -> None:
         ("import triton_bn", [""]),
         ("import triton_bn.plan as p", ["plan"]),
         ("from triton_bn import BatchNorm2d, plan", ["", "plan"]),
+        ("from triton_bn.tuning import cache", ["tuning.cache"]),
+        ("from triton_bn.tuning.cache import read", ["tuning.cache"]),
         ("from triton_bn.kernels.forward import k", ["kernels"]),
         ("def f():\n    from . import problem", ["problem"]),
         ("from .launch import forward", ["launch"]),

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 import triton_bn
-from triton_bn import check, demo, digits, ops
+from triton_bn import ops
 from triton_bn.__main__ import COMMANDS, main
+from triton_bn.commands import check, demo
+from triton_bn.demo import digits
 from triton_bn.plan import DEVICES
 
 GPU = torch.cuda.is_available()

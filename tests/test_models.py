@@ -14,7 +14,7 @@ from packages import package, torchvision
 from torch import Tensor, nn
 
 from triton_bn import BatchNorm2d, ops
-from triton_bn.convert import conversion_report, convert, revert
+from triton_bn.conversion.convert import conversion_report, convert, revert
 
 pytestmark = pytest.mark.models
 

@@ -26,8 +26,8 @@ from perf.runner import COLUMNS, Lab, Results, Row, measure, run
 from triton_bn import launch
 from triton_bn.plan import DEVICES, Device, Plan, candidates, heuristic
 from triton_bn.problem import Problem
-from triton_bn.results import Result, Timing
-from triton_bn.results import Row as Timed
+from triton_bn.tuning.results import Result, Timing
+from triton_bn.tuning.results import Row as Timed
 
 TORCH, OURS = "torch native", "triton_bn"
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import example, given, settings
 
 from perf.shapes import EXTREMES, NETWORKS
+from triton_bn.inspection.report import gradient_of
 from triton_bn.plan import (
     DEPTH,
     DEVICES,
@@ -25,7 +26,6 @@ from triton_bn.plan import (
     tile_channels,
 )
 from triton_bn.problem import Activation, Problem, describe
-from triton_bn.report import gradient_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from triton_bn.rewrite import Refused, merged, rewritten, trace
+from triton_bn.conversion.rewrite import Refused, merged, rewritten, trace
 
 
 class Options:

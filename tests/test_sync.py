@@ -663,7 +663,9 @@ def test_its_kernels_compile_for_gpus() -> None:
     script = textwrap.dedent("""
         import torch
         from dataclasses import replace
-        from triton_bn import binary, launch, report
+        from triton_bn import launch
+        from triton_bn.inspection import binary
+        from triton_bn.inspection import report
         from triton_bn.plan import DEVICES, heuristic
         from triton_bn.problem import describe
 
@@ -712,7 +714,7 @@ def test_the_demo_equals_one_process() -> None:
     pytest.importorskip("sklearn")
     command = ["torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
     done = subprocess.run(
-        [sys.executable, "-m", *command, "triton_bn.ddp_demo", "--epochs", "1", "--batch", "63"],
+        [sys.executable, "-m", *command, "triton_bn.demo.ddp", "--epochs", "1", "--batch", "63"],
         env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(PACKAGE.parent)},
         capture_output=True,
         text=True,
@@ -723,7 +725,7 @@ def test_the_demo_equals_one_process() -> None:
 
 
 def test_the_demo_says_how_to_start_it(capsys: pytest.CaptureFixture[str]) -> None:
-    from triton_bn import ddp_demo
+    from triton_bn.demo import ddp as ddp_demo
 
     assert ddp_demo.main([]) == 2
     assert "torch.distributed.run" in capsys.readouterr().err

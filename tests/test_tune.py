@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from triton_bn import cache
 from triton_bn.plan import DEVICES, Device, Plan, candidates, heuristic
 from triton_bn.problem import Problem
+from triton_bn.tuning import cache
 
 # The package's root may hold a function of the same name.
-tune = importlib.import_module("triton_bn.tune")
+tune = importlib.import_module("triton_bn.tuning.tune")
 
 GPU = DEVICES["H200"]
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_bn import cache, tune_command
+from triton_bn.commands import tune as tune_command
 from triton_bn.plan import DEVICES, Device, candidates
 from triton_bn.problem import Activation, Problem, describe
+from triton_bn.tuning import cache
 
-tune = importlib.import_module("triton_bn.tune")
+tune = importlib.import_module("triton_bn.tuning.tune")
 
 GPU = DEVICES["H200"]
 

@@ -1,10 +1,10 @@
 """Batch normalization for PyTorch as Triton kernels: drop-in layers, fused with what follows them."""
 
 from triton_bn import functional
-from triton_bn.convert import conversion_report, convert, revert
+from triton_bn.conversion.convert import conversion_report, convert, revert
 from triton_bn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from triton_bn.problem import Activation
-from triton_bn.tune import tune
+from triton_bn.tuning.tune import tune
 from triton_bn.version import __version__
 
 __all__ = [

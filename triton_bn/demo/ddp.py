@@ -1,6 +1,6 @@
 """One network on several processes: the digits demo under DistributedDataParallel with SyncBatchNorm.
 
-    python -m torch.distributed.run --nproc-per-node 2 -m triton_bn.ddp_demo
+    python -m torch.distributed.run --nproc-per-node 2 -m triton_bn.demo.ddp
 
 Every process trains on its part of each batch, which need not be of one size. Process 0 also trains a twin alone,
 on the whole batches, and compares: in float64, so that only rounding is between the two. On CPU processes
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from triton_bn.arguments import positive
-from triton_bn.digits import Data, FusedDigits, load
+from triton_bn.commands.arguments import positive
+from triton_bn.demo.digits import Data, FusedDigits, load
 from triton_bn.modules import SyncBatchNorm
 
 __all__ = ["main"]
@@ -33,13 +33,13 @@ TOLERANCE = 1e-8
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains; 0 where the processes together came to what one alone comes to."""
-    parser = argparse.ArgumentParser("triton_bn.ddp_demo", description="SyncBatchNorm under DDP")
+    parser = argparse.ArgumentParser("triton_bn.demo.ddp", description="SyncBatchNorm under DDP")
     parser.add_argument("--epochs", type=positive, default=3, help="default: %(default)s")
     parser.add_argument("--batch", type=positive, default=64, help="of all processes together")
     args = parser.parse_args(argv)
     if not dist.is_torchelastic_launched():
         print(
-            "start it with: python -m torch.distributed.run --nproc-per-node 2 -m triton_bn.ddp_demo",
+            "start it with: python -m torch.distributed.run --nproc-per-node 2 -m triton_bn.demo.ddp",
             file=sys.stderr,
         )
         return 2

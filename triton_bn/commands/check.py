@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from triton_bn.arguments import CHANNELS_LAST, DTYPES, shape
+from triton_bn.commands.arguments import CHANNELS_LAST, DTYPES, shape
 from triton_bn.launch import interpreting
 from triton_bn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from triton_bn.oracle import Bounded, batch_norm, observe

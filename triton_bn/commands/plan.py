@@ -6,7 +6,7 @@ import argparse
 
 import torch
 
-from triton_bn.arguments import CHANNELS_LAST, DTYPES, shape
+from triton_bn.commands.arguments import CHANNELS_LAST, DTYPES, shape
 from triton_bn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from triton_bn.plan import DEVICES, Device
 from triton_bn.problem import ACTIVATIONS

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from triton_bn.arguments import CHANNELS_LAST, DTYPES, positive, shape
+from triton_bn.commands.arguments import CHANNELS_LAST, DTYPES, positive, shape
 from triton_bn.functional import batch_norm
 from triton_bn.plan import Device
 from triton_bn.problem import ACTIVATIONS, Problem
-from triton_bn.results import Report
-from triton_bn.tune import (
+from triton_bn.tuning.results import Report
+from triton_bn.tuning.tune import (
     WITHOUT_GPU,
     Interrupted,
     export_table,

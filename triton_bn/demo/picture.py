@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from triton_bn.lockstep import Difference
+from triton_bn.demo.lockstep import Difference
 
 __all__ = ["NAMES", "draw"]
 
@@ -28,7 +28,7 @@ def draw(
     labels: Tensor,
     read: Mapping[str, Tensor],
 ) -> None:
-    """Writes the picture to ``path``. The mappings are those of :class:`triton_bn.digits.Training`,
+    """Writes the picture to ``path``. The mappings are those of :class:`triton_bn.demo.digits.Training`,
     ``images`` (N, 1, 8, 8), and ``labels`` and ``read`` (N,) what is and what was seen in them."""
     import matplotlib
 

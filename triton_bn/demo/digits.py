@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from triton_bn.lockstep import Difference, Witness, separate
+from triton_bn.demo.lockstep import Difference, Witness, separate
 from triton_bn.modules import BatchNorm2d
 
 __all__ = ["Data", "Digits", "FusedDigits", "Training", "load"]

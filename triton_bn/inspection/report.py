@@ -1,14 +1,12 @@
-"""What the compiler makes of a plan, without a GPU: ``python -m triton_bn inspect``.
+"""What the compiler makes of a plan, without a GPU: what ``python -m triton_bn inspect`` shows.
 
 :func:`compile` runs a verb of :mod:`triton_bn.launch` on tensors without memory, under a driver
 that names a target and launches nothing. So the very kernels that a launch would run are compiled,
-with the very specialization, and :mod:`triton_bn.binary` reads what came out.
+with the very specialization, and :mod:`triton_bn.inspection.binary` reads what came out.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import pickle
 import subprocess
@@ -17,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +23,10 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from triton_bn import binary, launch
-from triton_bn.arguments import CHANNELS_LAST, DTYPES, positive, shape
+from triton_bn import launch
+from triton_bn.inspection import binary
 from triton_bn.plan import DEVICES, Device, Plan, candidates, heuristic
-from triton_bn.problem import ACTIVATIONS, Activation, Problem, describe
+from triton_bn.problem import Problem, describe
 
 __all__ = [
     "RESNET50",
@@ -350,10 +347,10 @@ def compile_all(
     queue = list(groups.values())
     results: dict[int, tuple[KernelFacts, ...]] = {}
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parents[2])
     paths = filter(None, [root, environment.get("PYTHONPATH", "")])
     environment["PYTHONPATH"] = os.pathsep.join(paths)
-    command = [sys.executable, "-c", "from triton_bn import report; report._serve()"]
+    command = [sys.executable, "-c", "from triton_bn.inspection import report; report._serve()"]
 
     def work() -> None:
         # In the folder of this very package: the current one comes first where Python looks.
@@ -464,46 +461,3 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def _widths(accesses: Mapping[str, int]) -> str:
     """Of whole tensors; vectors of C values would only hide them."""
     return ", ".join(f"{name} {size}" for name, size in accesses.items() if name in _WHOLE) or "-"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "shape", nargs="?", type=shape, metavar="N,C,...",
-        help="the input's, as in 32,64,56,56 (default: ResNet-50's)",
-    )  # fmt: skip
-    add("--batch", type=positive, default=32, help="of ResNet-50's shapes (default: %(default)s)")
-    add("--channels-last", action="store_true", help="instead of contiguous")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="default: %(default)s")
-    add("--activation", choices=ACTIVATIONS, help="behind the normalization")
-    add("--residual", action="store_true", help="added before the activation")
-    add("--eval", action="store_true", help="by running statistics")
-    add("--direction", choices=["forward", "backward", "both"], default="both")
-    add("--target", choices=list(TARGETS), nargs="+", default=["sm_90"])
-    add("--plans", choices=["heuristic", "all"], help="(default: all, but not of ResNet-50)")
-    add("--no-instructions", action="store_true", help="do not disassemble: twice as fast")
-    add("--jobs", type=positive, help="processes that compile (default: as many as CPUs)")
-    add("--json", action="store_true", help="one JSON list of rows instead of a table")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Prints the report; 1 where a kernel spills."""
-    activation = Activation.of(args.activation)
-    bits = activation is not None and activation.two_slopes and (args.residual or args.eval)
-    shapes = [args.shape] if args.shape else [(args.batch, *layer[:-1]) for layer in RESNET50]
-    search = args.plans == "all" or (args.plans is None and args.shape is not None)
-    cases: list[Case] = []
-    for target, sizes in product(args.target, shapes):
-        x = torch.empty(sizes, dtype=DTYPES[args.dtype], device="meta")
-        if args.channels_last and x.dim() in CHANNELS_LAST:
-            x = x.to(memory_format=CHANNELS_LAST[x.dim()])
-        problem, _ = describe(
-            x, training=not args.eval, residual=args.residual, activation=activation, bits=bits
-        )
-        if args.direction != "backward":
-            cases += plans(problem, target, search=search)
-        if args.direction != "forward":
-            cases += plans(gradient_of(problem), target, search=search)
-    found = rows(cases, compile_all(cases, jobs=args.jobs, instructions=not args.no_instructions))
-    print(json.dumps(found, indent=1) if args.json else table(found))
-    return int(any(row["spilled"] for row in found))

@@ -6,7 +6,7 @@ for the GPU, then by :func:`triton_bn.plan.heuristic`. Nothing is timed unless s
 That searches when a problem that has no plan on disk is first met.
 
 Files
-    ``<cache folder>/<gpu>_triton-<version>.json`` (see :mod:`triton_bn.cache`), valid for the
+    ``<cache folder>/<gpu>_triton-<version>.json`` (see :mod:`triton_bn.tuning.cache`), valid for the
     kernels' source as it is (:func:`fingerprint`). A plan from a file is launched only if it equals
     one of the problem's candidates: no file can launch what a search would not.
 
@@ -40,10 +40,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from triton_bn import cache
 from triton_bn.plan import Device, Plan, candidates, heuristic, with_source
 from triton_bn.problem import Problem
-from triton_bn.results import Report, Result, Row, Timing, progress_bar
+from triton_bn.tuning import cache
+from triton_bn.tuning.results import Report, Result, Row, Timing, progress_bar
 
 __all__ = [
     "Interrupted",
@@ -194,7 +194,7 @@ def record() -> Iterator[KeysView[tuple[Problem, Device]]]:
 @cached
 def fingerprint() -> str:
     """A hash of what makes an old plan invalid: Triton's version, and how plans become kernels."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     sources = [here / f"{name}.py" for name in ("problem", "plan", "launch")]
     sources += (here / "kernels").glob("*.py")
     digest = hashlib.sha256(_triton_version().encode())

@@ -8,9 +8,9 @@ import platform
 import torch
 import triton
 
-from triton_bn import cache
 from triton_bn.launch import interpreting
 from triton_bn.plan import Device
+from triton_bn.tuning import cache
 from triton_bn.version import __version__
 
 __all__ = ["add_arguments", "run"]

@@ -19,11 +19,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from triton_bn import fuse as fusion
-from triton_bn import modules, rewrite
-from triton_bn.fuse import Change, Folded
+from triton_bn import modules
+from triton_bn.conversion import fuse as fusion
+from triton_bn.conversion import rewrite
+from triton_bn.conversion.fuse import Change, Folded
+from triton_bn.conversion.rewrite import Refused
 from triton_bn.problem import Activation
-from triton_bn.rewrite import Refused
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -6,7 +6,7 @@ and whose ``forward(input, residual=None)`` then is ``activation(f(input) + resi
 An activation module that is called in one place only is replaced by :class:`Folded`, an identity
 that keeps it, and ``forward`` stays as it is (``nn.Sequential``, a network's stem). For the rest
 (an add, a functional activation, one ReLU module called twice) ``forward`` is traced, edited and
-put into a subclass of the module's class (:mod:`triton_bn.rewrite`).
+put into a subclass of the module's class (:mod:`triton_bn.conversion.rewrite`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from triton_bn import rewrite
+from triton_bn.conversion import rewrite
+from triton_bn.conversion.rewrite import Refused
 from triton_bn.problem import Activation
-from triton_bn.rewrite import Refused
 
 __all__ = ["Change", "Folded", "Search", "changes", "hooked", "in_place", "module_activation"]
 

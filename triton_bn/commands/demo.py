@@ -1,6 +1,6 @@
 """``python -m triton_bn demo``: trains on scanned digits beside torch.nn.BatchNorm2d, and shows it.
 
-The work is in :mod:`triton_bn.digits`, what is judged in :mod:`triton_bn.lockstep`. The drift
+The work is in :mod:`triton_bn.demo.digits`, what is judged in :mod:`triton_bn.demo.lockstep`. The drift
 between the two trainings is shown, not judged.
 """
 
@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from triton_bn.arguments import positive
-from triton_bn.digits import Training, load
+from triton_bn.commands.arguments import positive
+from triton_bn.demo.digits import Training, load
+from triton_bn.demo.lockstep import Difference
+from triton_bn.demo.picture import NAMES, draw
 from triton_bn.launch import interpreting
-from triton_bn.lockstep import Difference
-from triton_bn.picture import NAMES, draw
 
 __all__ = ["add_arguments", "run"]
 

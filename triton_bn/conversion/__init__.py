@@ -1,0 +1,1 @@
+"""``convert`` whole models: which layers become ours, what they may be fused with, how a forward is read."""

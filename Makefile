@@ -49,7 +49,7 @@ test-models: $(MODELS)
 
 # The whole suite and every measurement, on the GPU of this machine.
 gpu: $(READY)
-	$(PY) -m perf.visit
+	$(PY) -m perf visit
 
 # Draws what was measured (perf/results) again.
 plots: $(READY)

@@ -28,7 +28,7 @@ from perf.clocks import Call, Clock, clock_for
 from perf.providers import COPY, PROVIDERS, Provider, available
 from perf.subjects import Subject, network, subjects_of
 
-__all__ = ["COLUMNS", "Lab", "Results", "Row", "compile_ahead", "measure", "run"]
+__all__ = ["COLUMNS", "Lab", "Results", "Row", "compile_ahead", "measure", "run_cases"]
 
 #: A row's columns, in the order of the CSV; ``perf/README.md`` says what each means.
 COLUMNS = (
@@ -40,30 +40,11 @@ COLUMNS = (
 #: Those of a case; the fingerprint and versions say whether a row is still good for it.
 SETTING = ("shape", "layout", "dtype", "op")
 
-#: Modules that no measurement depends on: a change of any other calls for new ones.
-WITHOUT_EFFECT = frozenset(
-    [
-        "arguments",
-        "bench",
-        "binary",
-        "check",
-        "demo",
-        "explain",
-        "info",
-        "oracle",
-        "report",
-        "results",
-        "tune_command",
-        "version",
-        "cases",
-        "search",
-        "shapes",
-        "plots",
-        "summary",
-        "visit",
-        "__main__",
-    ]
-)
+#: Files and folders that no measurement depends on: a change of anything else calls for new ones.
+WITHOUT_EFFECT = {
+    "triton_bn": ("commands", "demo", "inspection", "oracle.py", "tuning/results.py", "version.py"),
+    "perf": ("commands", "__main__.py", "cases.py", "plots.py", "search.py", "shapes.py", "summary.py", "visit.py"),
+}  # fmt: skip
 
 Row = dict[str, Any]
 
@@ -94,8 +75,9 @@ def about(device: torch.device, versions: Mapping[str, str]) -> Row:
 
     digest = hashlib.sha256(json.dumps([*versions.items()]).encode())
     for folder in (Path(triton_bn.__file__).parent, Path(__file__).parent):
+        without = [folder / name for name in WITHOUT_EFFECT[folder.name]]
         for path in sorted(folder.rglob("*.py")):
-            if path.stem not in WITHOUT_EFFECT:
+            if not {path, *path.parents} & {*without}:
                 digest.update(path.name.encode() + path.read_bytes())
     on_gpu = device.type == "cuda"
     return {
@@ -219,7 +201,7 @@ class Results:
             os.replace(beside, self.folder / name)
 
 
-def run(
+def run_cases(
     cases: Sequence[Case],
     results: Results,
     lab: Lab,

@@ -1,4 +1,4 @@
-"""A whole visit to a GPU in under ten minutes: ``python -m perf.visit``, or ``make gpu``.
+"""A whole visit to a GPU in under ten minutes: ``python -m perf visit``, or ``make gpu``.
 
 Tests on compiled kernels, tests that need a GPU, a search of the telling plans, the benchmark, the
 plots, and the targets beside what was measured, printed last. Each stage is a process with a time
@@ -21,12 +21,11 @@ from pathlib import Path
 
 import torch
 
-from perf.__main__ import RESULTS
+from perf.commands.arguments import RESULTS
 from triton_bn.plan import Device
 from triton_bn.tuning import cache
-from triton_bn.tuning.tune import WITHOUT_GPU
 
-__all__ = ["FILES", "Outcome", "Stage", "main", "perform"]
+__all__ = ["FILES", "Outcome", "Stage", "add_arguments", "perform", "run"]
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,19 +120,17 @@ def report(title: str, outcomes: Sequence[Outcome], table: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 when every stage was done, 1 when one was not, 2 without a GPU."""
-    parser = argparse.ArgumentParser("python -m perf.visit", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=570.0, help="for everything together (default: 570)"
     )
     parser.add_argument(
         "--output", type=Path, help="a folder to copy the results to, after every stage"
     )
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
-        print(f"a visit needs a GPU that PyTorch sees. {WITHOUT_GPU}", file=sys.stderr)
-        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code: 0 when every stage was done, 1 when one was not."""
     from perf.plots import load
     from perf.summary import table
 
@@ -161,7 +158,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"  {outcome.name:10} {outcome.result} ({outcome.seconds:.0f} s)")
     print(targets)
     return int(any(outcome.result != "done" for outcome in outcomes))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

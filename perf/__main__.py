@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from triton_bn.tuning.tune import WITHOUT_GPU
+from triton_bn.tuning.search import WITHOUT_GPU
 
 __all__ = ["COMMANDS", "main"]
 

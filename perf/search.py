@@ -14,8 +14,9 @@ from triton_bn import launch
 from triton_bn.inspection.report import gradient_of
 from triton_bn.plan import Device, Plan, candidates
 from triton_bn.problem import Problem, describe
-from triton_bn.tuning.tune import export_table, resolve
-from triton_bn.tuning.tune import search as search_one
+from triton_bn.tuning.memory import export_table
+from triton_bn.tuning.resolve import resolve
+from triton_bn.tuning.search import search as search_one
 
 __all__ = ["problems", "search"]
 

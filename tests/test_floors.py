@@ -12,16 +12,17 @@ PACKAGE = Path(__file__).parent.parent / "triton_bn"
 FLOORS = {
     0: ["problem", "sync", "version", "tuning.cache", "conversion.rewrite", "inspection.binary"],
     1: ["kernels", "reference", "oracle", "plan", "conversion.fuse", "commands.arguments"],
-    2: ["launch", "tuning.results"],
-    3: ["tuning.tune", "inspection.report"],
-    4: ["ops"],
-    5: ["functional"],
-    6: ["modules"],
-    7: ["demo.lockstep", "conversion.convert"],
-    8: ["demo.digits", "demo.picture"],
-    9: ["demo.ddp", *(f"commands.{name}" for name in ("bench", "check", "demo", "info"))],
-    10: [f"commands.{name}" for name in ("inspect", "plan", "tune")],
-    11: ["__main__", "__init__"],
+    2: ["launch", "tuning.memory", "tuning.results"],
+    3: ["tuning.search", "inspection.report"],
+    4: ["tuning.resolve", "tuning.tune"],
+    5: ["ops"],
+    6: ["functional"],
+    7: ["modules"],
+    8: ["demo.lockstep", "conversion.convert"],
+    9: ["demo.digits", "demo.picture"],
+    10: ["demo.ddp", *(f"commands.{name}" for name in ("bench", "check", "demo", "info"))],
+    11: [f"commands.{name}" for name in ("inspect", "plan", "tune")],
+    12: ["__main__", "__init__"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 KERNELS = sorted((PACKAGE / "kernels").glob("*.py"))

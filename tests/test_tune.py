@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 import threading
@@ -17,10 +16,8 @@ from torch import Tensor, nn
 
 from triton_bn.plan import DEVICES, Device, Plan, candidates, heuristic
 from triton_bn.problem import Problem
-from triton_bn.tuning import cache
-
-# The package's root may hold a function of the same name.
-tune = importlib.import_module("triton_bn.tuning.tune")
+from triton_bn.tuning import cache, memory, resolve, search
+from triton_bn.tuning.tune import tune
 
 GPU = DEVICES["H200"]
 
@@ -74,26 +71,26 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a new process."""
-    monkeypatch.setattr(tune, "_memo", {})
+    monkeypatch.setattr(memory, "memo", {})
 
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """Costs by order of the candidates: the heuristic takes 2 ms, the last candidate 1 ms."""
     bench = Bench(lambda plan: 1.0 if plan == PLANS[-1] else 2.0 + PLANS.index(plan) * 1e-3)
-    monkeypatch.setattr(tune, "_launch_trial", bench.trial)
-    monkeypatch.setattr(tune, "time_cold", bench.timer)
-    monkeypatch.setattr(tune, "monotonic", lambda: bench.now)
+    monkeypatch.setattr(search, "_launch_trial", bench.trial)
+    monkeypatch.setattr(search, "time_cold", bench.timer)
+    monkeypatch.setattr(search, "monotonic", lambda: bench.now)
     return bench
 
 
 def stored() -> dict[str, dict[str, object]]:
-    return json.loads(tune.table_path(GPU).read_text())["entries"]
+    return json.loads(memory.table_path(GPU).read_text())["entries"]
 
 
 def edit(change: Callable[[dict[str, object]], object]) -> None:
     """Edits the file by hand."""
-    path = tune.table_path(GPU)
+    path = memory.table_path(GPU)
     data = json.loads(path.read_text())
     change(data)
     path.write_text(json.dumps(data))
@@ -103,8 +100,8 @@ def edit(change: Callable[[dict[str, object]], object]) -> None:
 
 
 def test_median_and_spread_are_of_the_timed_runs_alone() -> None:
-    times = iter([100.0] * tune.PROBE + [float(n % 10) for n in range(1000)])
-    timing = tune.measure(
+    times = iter([100.0] * search.PROBE + [float(n % 10) for n in range(1000)])
+    timing = search.measure(
         lambda: None, timer=lambda run, n: [next(times) for _ in range(n)], spend=1e6
     )
     assert timing.runs == 200
@@ -113,14 +110,14 @@ def test_median_and_spread_are_of_the_timed_runs_alone() -> None:
 
 @pytest.mark.parametrize(("cost", "runs"), [(100.0, 20), (1.0, 40), (0.0, 200)])
 def test_the_number_of_runs_follows_their_length(cost: float, runs: int) -> None:
-    timing = tune.measure(lambda: None, timer=lambda run, n: [cost] * n, spend=40.0)
+    timing = search.measure(lambda: None, timer=lambda run, n: [cost] * n, spend=40.0)
     assert (timing.median, timing.runs, timing.stopped) == (cost, runs, False)
 
 
 def test_a_run_beyond_the_limit_is_stopped_after_a_few() -> None:
     calls = []
-    timing = tune.measure(lambda: calls.append(0), timer=lambda run, n: [2.0] * n, limit=1.5)
-    assert (timing.runs, timing.stopped, len(calls)) == (tune.PROBE, True, 1)
+    timing = search.measure(lambda: calls.append(0), timer=lambda run, n: [2.0] * n, limit=1.5)
+    assert (timing.runs, timing.stopped, len(calls)) == (search.PROBE, True, 1)
 
 
 def test_every_timed_run_finds_the_caches_cold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +143,7 @@ def test_every_timed_run_finds_the_caches_cold(monkeypatch: pytest.MonkeyPatch) 
     )
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=active))
-    assert tune.time_cold(lambda: log.append("run"), 3) == [2.0] * 3
+    assert search.time_cold(lambda: log.append("run"), 3) == [2.0] * 3
     once = ["clear buffer", "event", "run", "event"]
     assert log[-13:] == [*once * 3, "synchronize"]
 
@@ -155,7 +152,7 @@ def test_every_timed_run_finds_the_caches_cold(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_search_finds_the_fastest_of_all_candidates(bench: Bench) -> None:
-    result = tune.search(FORWARD, GPU, progress=False)
+    result = search.search(FORWARD, GPU, progress=False)
     assert result.best is not None
     assert result.best.plan == PLANS[-1]
     assert {row.plan for row in result.rows} == set(PLANS)
@@ -168,11 +165,11 @@ def test_a_search_finds_the_fastest_of_all_candidates(bench: Bench) -> None:
 
 def test_hopeless_candidates_are_stopped_early(bench: Bench) -> None:
     bench.cost = lambda plan: {0: 1.0, 1: 1.4, 2: 1.6}.get(PLANS.index(plan), 9.0)
-    result = tune.search(FORWARD, GPU, progress=False)
+    result = search.search(FORWARD, GPU, progress=False)
     status = {PLANS.index(row.plan): row.status for row in result.rows}
     assert (status[0], status[1], status[2]) == ("timed", "timed", "stopped early")
     # One run to compile, and the few that decide.
-    assert bench.runs.count(PLANS[2]) == 1 + tune.PROBE
+    assert bench.runs.count(PLANS[2]) == 1 + search.PROBE
 
 
 def test_candidates_that_fail_are_rows_with_their_error(bench: Bench) -> None:
@@ -184,7 +181,7 @@ def test_candidates_that_fail_are_rows_with_their_error(bench: Bench) -> None:
         if plan == PLANS[0]
         else 1.0 + PLANS.index(plan) * 1e-2
     )
-    result = tune.search(FORWARD, GPU, progress=False)
+    result = search.search(FORWARD, GPU, progress=False)
     failed = [row for row in result.rows if row.plan == PLANS[0]]
     assert failed[0].status == "failed: OutOfResources: out of resource: shared memory"
     assert result.best is not None
@@ -194,10 +191,10 @@ def test_candidates_that_fail_are_rows_with_their_error(bench: Bench) -> None:
 
 def test_where_everything_fails_nothing_is_remembered(bench: Bench) -> None:
     bench.cost = lambda plan: torch.OutOfMemoryError("out of memory")
-    result = tune.search(FORWARD, GPU, progress=False)
+    result = search.search(FORWARD, GPU, progress=False)
     assert result.best is None
-    assert not tune.table_path(GPU).exists()
-    assert tune.resolve(FORWARD, GPU) == heuristic(FORWARD, GPU)
+    assert not memory.table_path(GPU).exists()
+    assert resolve.resolve(FORWARD, GPU) == heuristic(FORWARD, GPU)
     assert "nothing timed" in result.summary()
 
 
@@ -211,44 +208,44 @@ def test_the_fastest_are_timed_again_and_the_faster_time_counts(bench: Bench) ->
         return 1.05 if cold else 1.0 if plan == PLANS[0] else 1.02 + PLANS.index(plan) * 2e-2
 
     bench.cost = cost
-    best = tune.search(FORWARD, GPU, progress=False).best
+    best = search.search(FORWARD, GPU, progress=False).best
     assert best is not None
     assert (best.plan, best.timing.median) == (PLANS[0], pytest.approx(1.0))
 
 
 def test_a_budget_ends_the_search_but_keeps_what_was_found(bench: Bench) -> None:
-    result = tune.search(FORWARD, GPU, budget=0.1, progress=False)
+    result = search.search(FORWARD, GPU, budget=0.1, progress=False)
     timed = [row for row in result.rows if row.status == "timed"]
     assert [row.plan for row in timed] == list(PLANS[:2])  # of 26 runs, 2 ms each
     assert {row.status for row in result.rows if row.plan in PLANS[2:]} == {"not reached"}
     assert not result.complete
     assert stored()[str(FORWARD)]["complete"] is False
-    assert tune.search(FORWARD, GPU, budget=0.0, progress=False).best is None
+    assert search.search(FORWARD, GPU, budget=0.0, progress=False).best is None
 
 
 def test_a_shorter_search_does_not_forget_a_better_plan(bench: Bench) -> None:
-    tune.search(FORWARD, GPU, progress=False)
-    again = tune.search(FORWARD, GPU, budget=0.1, progress=False)
+    search.search(FORWARD, GPU, progress=False)
+    again = search.search(FORWARD, GPU, budget=0.1, progress=False)
     assert again.best is not None
     assert again.best.plan == PLANS[-1]
-    assert tune.resolve(FORWARD, GPU) == PLANS[-1]
+    assert resolve.resolve(FORWARD, GPU) == PLANS[-1]
 
 
 def test_ctrl_c_keeps_what_was_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.cost = lambda plan: {0: 3.0, 1: 2.0}.get(PLANS.index(plan), KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt) as caught:
-        tune.search(FORWARD, GPU, progress=False)
+        search.search(FORWARD, GPU, progress=False)
     (result,) = caught.value.report
     assert [row.status for row in result.rows[:3]] == ["timed", "timed", "not reached"]
     assert result.best.plan == PLANS[1]
-    assert tune.resolve(FORWARD, GPU).source == "tuned now"
+    assert resolve.resolve(FORWARD, GPU).source == "tuned now"
     forget(monkeypatch)
-    plan = tune.resolve(FORWARD, GPU)
+    plan = resolve.resolve(FORWARD, GPU)
     assert (plan, plan.source) == (PLANS[1], "disk")
 
 
 def test_the_table_can_be_read_and_computed_with(bench: Bench) -> None:
-    result = tune.search(FORWARD, GPU, progress=False)
+    result = search.search(FORWARD, GPU, progress=False)
     text = str(result)
     assert str(FORWARD) in text
     assert GPU.name in text
@@ -264,7 +261,7 @@ def test_the_table_can_be_read_and_computed_with(bench: Bench) -> None:
 
 
 def test_progress_goes_to_stderr(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    tune.search(FORWARD, GPU, title="1/1 layer")
+    search.search(FORWARD, GPU, title="1/1 layer")
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "1/1 layer" in captured.err
@@ -275,7 +272,7 @@ def test_progress_without_rich_is_one_line(
     bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "rich.progress", None)
-    tune.search(FORWARD, GPU)
+    search.search(FORWARD, GPU)
     assert capsys.readouterr().err == f"tuned {FORWARD}: best 1.0000 ms\n"
 
 
@@ -288,7 +285,7 @@ def test_progress_beside_a_bar_of_the_callers(
         raise errors.LiveError("Only one live display may be active at once")
 
     monkeypatch.setattr(progress.Progress, "start", start)
-    assert tune.search(FORWARD, GPU).complete
+    assert search.search(FORWARD, GPU).complete
     assert "best 1.0000 ms" in capsys.readouterr().err
 
 
@@ -296,10 +293,10 @@ def test_progress_beside_a_bar_of_the_callers(
 
 
 def test_nothing_is_timed_unasked(bench: Bench) -> None:
-    plan = tune.resolve(FORWARD, GPU)
+    plan = resolve.resolve(FORWARD, GPU)
     assert (plan, plan.source) == (heuristic(FORWARD, GPU), "heuristic")
     assert bench.trials == []
-    assert not tune.table_path(GPU).parent.exists()
+    assert not memory.table_path(GPU).parent.exists()
 
 
 def test_the_order_is_memory_disk_shipped_heuristic(
@@ -309,19 +306,19 @@ def test_the_order_is_memory_disk_shipped_heuristic(
     entry = {"plan": PLANS[1].as_dict()}
     # Shipped tables may stem from an older release.
     cache.write(shipped, cache.Document("older", {str(FORWARD): entry}))
-    monkeypatch.setattr(tune, "_shipped_table", lambda name: cache.Store(shipped, None))
+    monkeypatch.setattr(memory, "_shipped_table", lambda name: cache.Store(shipped, None))
 
     def resolved() -> tuple[Plan, str]:
-        plan = tune.resolve(FORWARD, GPU)
+        plan = resolve.resolve(FORWARD, GPU)
         return plan, plan.source
 
-    assert tune.resolve(problem(49), GPU).source == "heuristic"
+    assert resolve.resolve(problem(49), GPU).source == "heuristic"
     assert resolved() == (PLANS[1], "shipped")
-    tune.search(FORWARD, GPU, progress=False)
+    search.search(FORWARD, GPU, progress=False)
     assert resolved() == (PLANS[-1], "tuned now")
     forget(monkeypatch)
     assert resolved() == (PLANS[-1], "disk")
-    tune.table_path(GPU).unlink()
+    memory.table_path(GPU).unlink()
     assert resolved() == (PLANS[-1], "disk")
     forget(monkeypatch)
     assert resolved() == (PLANS[1], "shipped")
@@ -343,11 +340,11 @@ def test_the_hot_path_is_one_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
             self.calls += 1
             return super().__contains__(key)
 
-    plan = tune.resolve(FORWARD, GPU)
-    memo = Counting(tune._memo)
-    monkeypatch.setattr(tune, "_memo", memo)
-    monkeypatch.setattr(tune, "_first", None)
-    assert tune.resolve(problem(), replace(GPU)) is plan
+    plan = resolve.resolve(FORWARD, GPU)
+    memo = Counting(memory.memo)
+    monkeypatch.setattr(memory, "memo", memo)
+    monkeypatch.setattr(resolve, "_first", None)
+    assert resolve.resolve(problem(), replace(GPU)) is plan
     assert memo.calls == 1
 
 
@@ -368,19 +365,19 @@ def test_the_hot_path_is_one_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_file_cannot_launch_what_is_no_candidate(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, plan: object
 ) -> None:
-    tune.search(FORWARD, GPU, progress=False)
+    search.search(FORWARD, GPU, progress=False)
     edit(lambda data: data["entries"][str(FORWARD)].update(plan=plan))
     forget(monkeypatch)
     with pytest.warns(RuntimeWarning, match="plan refused"):
-        assert tune.resolve(FORWARD, GPU).source == "heuristic"
+        assert resolve.resolve(FORWARD, GPU).source == "heuristic"
     forget(monkeypatch)
-    assert tune.resolve(FORWARD, GPU).source == "heuristic"  # silent now
+    assert resolve.resolve(FORWARD, GPU).source == "heuristic"  # silent now
 
 
 def test_a_plan_from_a_file_is_the_candidate_itself(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tune.search(FORWARD, GPU, progress=False)
+    search.search(FORWARD, GPU, progress=False)
     tile = PLANS[-1].as_dict()["transform"]
     edit(
         lambda data: data["entries"][str(FORWARD)]["plan"].update(
@@ -388,23 +385,23 @@ def test_a_plan_from_a_file_is_the_candidate_itself(
         )
     )
     forget(monkeypatch)
-    assert isinstance(tune.resolve(FORWARD, GPU).transform.rows, int)
+    assert isinstance(resolve.resolve(FORWARD, GPU).transform.rows, int)
 
 
 def test_a_changed_kernel_never_meets_an_old_plan(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tune.search(FORWARD, GPU, progress=False)
+    search.search(FORWARD, GPU, progress=False)
     edit(lambda data: data.update(fingerprint="other"))
     forget(monkeypatch)
     with pytest.warns(RuntimeWarning, match="written under version other"):
-        assert tune.resolve(FORWARD, GPU).source == "heuristic"
+        assert resolve.resolve(FORWARD, GPU).source == "heuristic"
 
 
 def test_the_fingerprint_covers_the_sources_of_kernels_and_plans(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = tune.fingerprint()
+    before = memory.fingerprint()
     read = Path.read_bytes
     seen: dict[str, str] = {}
     for name in ("kernels/forward.py", "kernels/moments.py", "plan.py", "launch.py", "cache.py"):
@@ -413,17 +410,17 @@ def test_the_fingerprint_covers_the_sources_of_kernels_and_plans(
             return read(path) + (b"#" if path.as_posix().endswith("triton_bn/" + name) else b"")
 
         monkeypatch.setattr(Path, "read_bytes", changed)
-        seen[name] = tune.fingerprint.__wrapped__()
+        seen[name] = memory.fingerprint.__wrapped__()
     assert seen.pop("cache.py") == before
     assert len({before, *seen.values()}) == 5
     monkeypatch.setattr(Path, "read_bytes", read)
-    monkeypatch.setattr(tune, "_triton_version", lambda: "0.0")
-    assert tune.fingerprint.__wrapped__() != before
+    monkeypatch.setattr(memory, "_triton_version", lambda: "0.0")
+    assert memory.fingerprint.__wrapped__() != before
 
 
 def test_files_are_kept_by_gpu_and_triton_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "_triton_version", lambda: "3.9.0")
-    assert tune.table_path(GPU).name == "nvidia-h200_triton-3.9.0.json"
+    monkeypatch.setattr(memory, "_triton_version", lambda: "3.9.0")
+    assert memory.table_path(GPU).name == "nvidia-h200_triton-3.9.0.json"
 
 
 # ---- TRITON_BN_TUNE=1 ----------------------------------------------------------------------------
@@ -431,12 +428,12 @@ def test_files_are_kept_by_gpu_and_triton_version(monkeypatch: pytest.MonkeyPatc
 
 def test_first_use_searches_when_asked_to(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_BN_TUNE", "1")
-    plan = tune.resolve(FORWARD, GPU)
+    plan = resolve.resolve(FORWARD, GPU)
     assert (plan, plan.source) == (PLANS[-1], "tuned now")
     trials = len(bench.trials)
-    assert tune.resolve(FORWARD, GPU) == plan
+    assert resolve.resolve(FORWARD, GPU) == plan
     forget(monkeypatch)
-    assert tune.resolve(FORWARD, GPU).source == "disk"
+    assert resolve.resolve(FORWARD, GPU).source == "disk"
     assert len(bench.trials) == trials
 
 
@@ -445,15 +442,15 @@ def test_a_graph_under_capture_is_left_alone(bench: Bench, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tune.resolve(FORWARD, GPU).source == "heuristic"
+    assert resolve.resolve(FORWARD, GPU).source == "heuristic"
     assert bench.trials == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert tune.resolve(FORWARD, GPU).source == "tuned now"
+    assert resolve.resolve(FORWARD, GPU).source == "tuned now"
 
 
 def test_the_interpreter_is_never_timed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_BN_TUNE", "1")
-    assert tune.resolve(FORWARD, DEVICES["interpreter"]).source == "heuristic"
+    assert resolve.resolve(FORWARD, DEVICES["interpreter"]).source == "heuristic"
     assert bench.trials == []
 
 
@@ -463,9 +460,9 @@ def test_a_failed_search_at_first_use_warns_and_goes_on(
     monkeypatch.setenv("TRITON_BN_TUNE", "1")
     bench.cost = lambda plan: RuntimeError("no")
     with pytest.warns(RuntimeWarning, match="could be timed"):
-        assert tune.resolve(FORWARD, GPU).source == "heuristic"
+        assert resolve.resolve(FORWARD, GPU).source == "heuristic"
     trials = len(bench.trials)
-    assert tune.resolve(FORWARD, GPU).source == "heuristic"
+    assert resolve.resolve(FORWARD, GPU).source == "heuristic"
     assert len(bench.trials) == trials
 
 
@@ -486,12 +483,12 @@ def test_ranks_that_meet_a_problem_together_search_once(
         def __setitem__(self, key: object, value: object) -> None:
             vars(memos).setdefault("memo", {})[key] = value
 
-    monkeypatch.setattr(tune, "_memo", Separate())
+    monkeypatch.setattr(memory, "memo", Separate())
     plans: list[Plan] = []
 
     def rank() -> None:
         started.wait()
-        plans.append(tune.resolve(FORWARD, GPU))
+        plans.append(resolve.resolve(FORWARD, GPU))
 
     threads = [threading.Thread(target=rank) for _ in range(4)]
     for thread in threads:
@@ -500,18 +497,18 @@ def test_ranks_that_meet_a_problem_together_search_once(
         thread.join()
     assert plans == [PLANS[-1]] * 4
     assert sorted(plan.source for plan in plans) == ["disk"] * 3 + ["tuned now"]
-    assert len(bench.trials) == len(PLANS) + tune.FINALISTS
+    assert len(bench.trials) == len(PLANS) + search.FINALISTS
 
 
 def test_who_waits_too_long_goes_on_without(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_BN_TUNE", "1")
-    monkeypatch.setattr(tune, "PATIENCE", 0.01)
-    with cache.lock(tune.table_path(GPU).with_suffix(".search.lock"), 0.0) as held:
+    monkeypatch.setattr(search, "PATIENCE", 0.01)
+    with cache.lock(memory.table_path(GPU).with_suffix(".search.lock"), 0.0) as held:
         assert held
         with pytest.warns(RuntimeWarning, match="another process"):
-            assert tune.resolve(FORWARD, GPU).source == "heuristic"
+            assert resolve.resolve(FORWARD, GPU).source == "heuristic"
         with pytest.raises(TimeoutError, match="another process"):
-            tune.search_all([(FORWARD, GPU)], progress=False)
+            search.search_all([(FORWARD, GPU)], progress=False)
     assert bench.trials == []
 
 
@@ -530,7 +527,7 @@ def test_the_gpu_is_idle_before_the_lock_is_taken(
     monkeypatch.setattr(cache, "lock", watched)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("synchronize"))
-    tune.search_all([(FORWARD, GPU)], progress=False)
+    search.search_all([(FORWARD, GPU)], progress=False)
     assert order == ["synchronize", "lock"]
 
 
@@ -540,8 +537,8 @@ def test_a_read_only_folder_costs_the_memory_on_disk_alone(
     (tmp_path / "cache").write_text("a file in its place")
     monkeypatch.setenv("TRITON_BN_TUNE", "1")
     with pytest.warns(RuntimeWarning, match="not written"):
-        assert tune.resolve(FORWARD, GPU).source == "tuned now"
-    assert tune.resolve(FORWARD, GPU) == PLANS[-1]
+        assert resolve.resolve(FORWARD, GPU).source == "tuned now"
+    assert resolve.resolve(FORWARD, GPU) == PLANS[-1]
 
 
 # ---- record and tune -----------------------------------------------------------------------------
@@ -553,12 +550,12 @@ class Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, x: Tensor, weight: Tensor, device: Device) -> Tensor:
         ctx.device, ctx.inner = device, x.shape[-1]
-        tune.resolve(problem(ctx.inner), device)
+        resolve.resolve(problem(ctx.inner), device)
         return x * 2
 
     @staticmethod
     def backward(ctx: object, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        tune.resolve(problem(ctx.inner, training=False), ctx.device)
+        resolve.resolve(problem(ctx.inner, training=False), ctx.device)
         return dy * 2, dy.sum(), None
 
 
@@ -577,24 +574,24 @@ class Layer(nn.Module):
 def test_recording_sees_what_is_already_known_and_searches_nothing(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = tune.resolve(FORWARD, GPU)
+    known = resolve.resolve(FORWARD, GPU)
     monkeypatch.setenv("TRITON_BN_TUNE", "1")
-    with tune.record() as seen:
+    with memory.record() as seen:
         for inner in (3136, 49, 3136):
-            tune.resolve(problem(inner), GPU)
+            resolve.resolve(problem(inner), GPU)
     assert list(seen) == [(FORWARD, GPU), (problem(49), GPU)]
     assert bench.trials == []
-    assert tune.resolve(FORWARD, GPU) is known
+    assert resolve.resolve(FORWARD, GPU) is known
     # What was seen for the first time while recording may still be searched.
     bench.cost = lambda plan: 1.0
-    assert tune.resolve(problem(49), GPU).source == "tuned now"
+    assert resolve.resolve(problem(49), GPU).source == "tuned now"
 
 
 def test_recording_ends_with_an_error(bench: Bench) -> None:
-    known = tune.resolve(FORWARD, GPU)
-    with pytest.raises(RuntimeError), tune.record():
+    known = resolve.resolve(FORWARD, GPU)
+    with pytest.raises(RuntimeError), memory.record():
         raise RuntimeError
-    assert tune.resolve(FORWARD, GPU) is known
+    assert resolve.resolve(FORWARD, GPU) is known
 
 
 def test_tune_searches_what_a_model_runs_and_leaves_it_as_it_was(bench: Bench) -> None:
@@ -602,10 +599,10 @@ def test_tune_searches_what_a_model_runs_and_leaves_it_as_it_was(bench: Bench) -
     layer, x = Layer(), torch.ones(2, 3136)
     model = nn.Sequential(layer)
     state = torch.get_rng_state()
-    report = tune.tune(model, x, progress=False)
+    report = tune(model, x, progress=False)
     assert [result.problem for result in report] == [FORWARD, problem(training=False)]
     assert all(result.complete for result in report)
-    assert tune.resolve(problem(training=False), GPU).source == "tuned now"
+    assert resolve.resolve(problem(training=False), GPU).source == "tuned now"
     assert layer.calls.item() == 0
     assert layer.weight.grad is None
     assert not x.requires_grad
@@ -617,43 +614,43 @@ def test_tune_searches_what_a_model_runs_and_leaves_it_as_it_was(bench: Bench) -
 
 def test_without_gradients_backward_is_not_tuned(bench: Bench) -> None:
     with torch.no_grad():
-        report = tune.tune(Layer(), torch.ones(2, 3136), progress=False)
+        report = tune(Layer(), torch.ones(2, 3136), progress=False)
     assert [result.problem for result in report] == [FORWARD]
 
 
 def test_what_was_tuned_before_is_not_timed_again_unless_asked(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tune.search_all([(FORWARD, GPU)], progress=False)
+    search.search_all([(FORWARD, GPU)], progress=False)
     trials = len(bench.trials)
     forget(monkeypatch)
-    tune._memo[FORWARD, GPU] = heuristic(FORWARD, GPU)
-    ((row,),) = (result.rows for result in tune.search_all([(FORWARD, GPU)], progress=False))
+    memory.memo[FORWARD, GPU] = heuristic(FORWARD, GPU)
+    ((row,),) = (result.rows for result in search.search_all([(FORWARD, GPU)], progress=False))
     assert (row.plan, row.status, row.timing.median) == (PLANS[-1], "remembered", pytest.approx(1))
-    assert tune.resolve(FORWARD, GPU).source == "disk"
+    assert resolve.resolve(FORWARD, GPU).source == "disk"
     assert len(bench.trials) == trials
-    (result,) = tune.search_all([(FORWARD, GPU)], again=True, progress=False)
+    (result,) = search.search_all([(FORWARD, GPU)], again=True, progress=False)
     assert len(result.rows) == len(PLANS)
 
 
 def test_an_incomplete_search_is_taken_up_again(bench: Bench) -> None:
-    tune.search_all([(FORWARD, GPU)], budget=0.1, progress=False)
-    (result,) = tune.search_all([(FORWARD, GPU)], progress=False)
+    search.search_all([(FORWARD, GPU)], budget=0.1, progress=False)
+    (result,) = search.search_all([(FORWARD, GPU)], progress=False)
     assert (result.complete, result.best.plan) == (True, PLANS[-1])
 
 
 @pytest.mark.parametrize("field", ["median", "runs", "p80"])
 def test_a_result_edited_by_hand_is_searched_again(bench: Bench, field: str) -> None:
-    tune.search_all([(FORWARD, GPU)], progress=False)
+    search.search_all([(FORWARD, GPU)], progress=False)
     edit(lambda data: data["entries"][str(FORWARD)].update({field: "fast"}))
-    (result,) = tune.search_all([(FORWARD, GPU)], progress=False)
+    (result,) = search.search_all([(FORWARD, GPU)], progress=False)
     assert len(result.rows) == len(PLANS)
 
 
 def test_a_budget_is_for_all_searches_the_largest_first(bench: Bench) -> None:
     bench.cost = lambda plan: 2.0
     small, large = problem(1024), problem(4096)
-    report = tune.search_all([(small, GPU), (large, GPU)], budget=0.1, progress=False)
+    report = search.search_all([(small, GPU), (large, GPU)], budget=0.1, progress=False)
     assert [result.problem for result in report] == [large, small]
     assert report[0].best is not None
     assert report[1].best is None
@@ -667,7 +664,7 @@ def test_ctrl_c_during_several_searches_reports_all_that_was_found(bench: Bench)
 
     bench.cost = cost
     with pytest.raises(KeyboardInterrupt) as caught:
-        tune.search_all([(first, GPU), (second, GPU)], progress=False)
+        search.search_all([(first, GPU), (second, GPU)], progress=False)
     assert [result.problem for result in caught.value.report] == [first, second]
     assert [result.complete for result in caught.value.report] == [True, False]
 
@@ -675,7 +672,7 @@ def test_ctrl_c_during_several_searches_reports_all_that_was_found(bench: Bench)
 @pytest.mark.parametrize("model", [nn.Identity(), Layer(DEVICES["interpreter"])])
 def test_a_model_without_our_layers_on_a_gpu_is_an_error(model: nn.Module) -> None:
     with pytest.raises(RuntimeError, match=r"nothing to tune.*triton_bn\.convert.*inspect"):
-        tune.tune(model, torch.ones(2, 8))
+        tune(model, torch.ones(2, 8))
 
 
 # ---- tables --------------------------------------------------------------------------------------
@@ -684,23 +681,23 @@ def test_a_model_without_our_layers_on_a_gpu_is_an_error(model: nn.Module) -> No
 def test_a_table_moves_to_another_machine(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    tune.search(FORWARD, GPU, progress=False)
-    assert tune.export_table(tmp_path / "table.json", GPU) == 1
+    search.search(FORWARD, GPU, progress=False)
+    assert memory.export_table(tmp_path / "table.json", GPU) == 1
     monkeypatch.setenv("TRITON_BN_CACHE_DIR", str(tmp_path / "elsewhere"))
     forget(monkeypatch)
-    assert tune.resolve(FORWARD, GPU).source == "heuristic"
-    assert tune.import_table(tmp_path / "table.json") == 1
-    plan = tune.resolve(FORWARD, GPU)
+    assert resolve.resolve(FORWARD, GPU).source == "heuristic"
+    assert memory.import_table(tmp_path / "table.json") == 1
+    plan = resolve.resolve(FORWARD, GPU)
     assert (plan, plan.source) == (PLANS[-1], "disk")
 
 
 def test_an_import_keeps_what_only_this_machine_knows(bench: Bench, tmp_path: Path) -> None:
-    tune.search(FORWARD, GPU, progress=False)
-    tune.export_table(tmp_path / "table.json", GPU)
+    search.search(FORWARD, GPU, progress=False)
+    memory.export_table(tmp_path / "table.json", GPU)
     other = problem(49)
     bench.cost = lambda plan: 1.0
-    tune.search(other, GPU, progress=False)
-    tune.import_table(tmp_path / "table.json")
+    search.search(other, GPU, progress=False)
+    memory.import_table(tmp_path / "table.json")
     assert set(stored()) == {str(FORWARD), str(other)}
 
 
@@ -728,25 +725,25 @@ def break_device(data: dict[str, object]) -> None:
 def test_a_table_that_does_not_fit_is_refused_whole(
     bench: Bench, tmp_path: Path, change: Callable[[dict[str, object]], None], message: str
 ) -> None:
-    tune.search(FORWARD, GPU, progress=False)
+    search.search(FORWARD, GPU, progress=False)
     table = tmp_path / "table.json"
-    tune.export_table(table, GPU)
+    memory.export_table(table, GPU)
     data = json.loads(table.read_text())
     change(data)
     table.write_text(json.dumps(data))
-    tune.table_path(GPU).unlink()
+    memory.table_path(GPU).unlink()
     with pytest.raises(ValueError, match=message):
-        tune.import_table(table)
-    assert not tune.table_path(GPU).exists()
+        memory.import_table(table)
+    assert not memory.table_path(GPU).exists()
 
 
 def test_there_must_be_something_to_export(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing was tuned yet for NVIDIA H200"):
-        tune.export_table(tmp_path / "table.json", GPU)
+        memory.export_table(tmp_path / "table.json", GPU)
 
 
 def test_every_shipped_table_holds_plans_of_the_gpu_it_is_named_for() -> None:
-    for path in (Path(tune.__file__).parent / "tables").glob("*.json"):
+    for path in (Path(memory.__file__).parent / "tables").glob("*.json"):
         document = cache.read(path)
         assert path.stem == cache.slug(document.about["device"]["name"])
         for entry in document.entries.values():

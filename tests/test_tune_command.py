@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 from pathlib import Path
 
@@ -14,9 +13,7 @@ from torch import Tensor
 from triton_bn.commands import tune as tune_command
 from triton_bn.plan import DEVICES, Device, candidates
 from triton_bn.problem import Activation, Problem, describe
-from triton_bn.tuning import cache
-
-tune = importlib.import_module("triton_bn.tuning.tune")
+from triton_bn.tuning import cache, memory, resolve, search
 
 GPU = DEVICES["H200"]
 
@@ -34,7 +31,7 @@ def batch_norm(
     """Asks for the forward plan of the functional batch norm, and computes next to nothing."""
     act = Activation.of(activation)
     seen, _ = describe(x, training=training, residual=residual is not None, activation=act)
-    tune.resolve(seen, GPU)
+    resolve.resolve(seen, GPU)
     return x * weight.sum().to(x.dtype)
 
 
@@ -42,7 +39,7 @@ def batch_norm(
 def empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_BN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "_warned", set())
-    monkeypatch.setattr(tune, "_memo", {})
+    monkeypatch.setattr(memory, "memo", {})
 
 
 @pytest.fixture
@@ -54,8 +51,8 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
         problems[problem] = None
         return lambda: None
 
-    monkeypatch.setattr(tune, "_launch_trial", trial)
-    monkeypatch.setattr(tune, "time_cold", lambda run, n: [1.0] * n)
+    monkeypatch.setattr(search, "_launch_trial", trial)
+    monkeypatch.setattr(search, "time_cold", lambda run, n: [1.0] * n)
     monkeypatch.setattr(tune_command, "batch_norm", batch_norm)
     monkeypatch.setattr(tune_command, "_gpu", lambda: torch.device("cpu"))
     monkeypatch.setattr(Device, "current", staticmethod(lambda device: GPU))
@@ -85,7 +82,7 @@ def test_shapes_are_tuned_as_they_are_called(
     assert (first.dtype, str(first.activation), first.residual) == (torch.float16, "silu", True)
     output = capsys.readouterr().out
     assert str(first) in output
-    assert str(tune.table_path(GPU)) in output
+    assert str(memory.table_path(GPU)) in output
 
 
 def test_the_default_is_resnet50(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,8 +137,8 @@ def test_tables_go_out_and_come_in_without_timing(
     monkeypatch.setenv("TRITON_BN_CACHE_DIR", str(tmp_path / "elsewhere"))
     monkeypatch.setattr(tune_command, "_gpu", lambda: None)
     assert run("--import", table) == 0
-    monkeypatch.setattr(tune, "_memo", {})
-    assert tune.resolve(problem, GPU).source == "disk"
+    monkeypatch.setattr(memory, "memo", {})
+    assert resolve.resolve(problem, GPU).source == "disk"
 
 
 @pytest.mark.parametrize(
@@ -180,9 +177,9 @@ def test_ctrl_c_prints_what_was_found(
             raise KeyboardInterrupt
         return [1.0] * n
 
-    monkeypatch.setattr(tune, "time_cold", timer)
+    monkeypatch.setattr(search, "time_cold", timer)
     assert run("--shape", "64,32,7,7") == 130
     captured = capsys.readouterr()
     assert "(incomplete)" in captured.out
     assert "interrupted" in captured.err
-    assert tune.table_path(GPU).exists()
+    assert memory.table_path(GPU).exists()

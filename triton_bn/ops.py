@@ -21,7 +21,7 @@ from triton_bn import launch, reference
 from triton_bn.plan import Device, Plan
 from triton_bn.problem import FLOATING, Activation, Problem, canonical, describe
 from triton_bn.sync import DISAGREE, Ranks
-from triton_bn.tuning.tune import resolve
+from triton_bn.tuning.resolve import resolve
 
 __all__ = ["Plans", "batch_norm", "plans", "use_kernels"]
 

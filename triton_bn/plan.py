@@ -7,7 +7,7 @@ Drivers
         from L2. Never picked by :func:`heuristic`: no measurement shows yet that it beats split.
 
 The thresholds rest on what the compiler reports (registers, spills, access width), not on timings:
-none was measured on a GPU yet. ``tune.search`` times what :func:`candidates` lists.
+none was measured on a GPU yet. :func:`triton_bn.tuning.search.search` times what :func:`candidates` lists.
 """
 
 from __future__ import annotations

@@ -14,16 +14,9 @@ from triton_bn.commands.arguments import CHANNELS_LAST, DTYPES, positive, shape
 from triton_bn.functional import batch_norm
 from triton_bn.plan import Device
 from triton_bn.problem import ACTIVATIONS, Problem
+from triton_bn.tuning.memory import export_table, import_table, record, table_path
 from triton_bn.tuning.results import Report
-from triton_bn.tuning.tune import (
-    WITHOUT_GPU,
-    Interrupted,
-    export_table,
-    import_table,
-    record,
-    search_all,
-    table_path,
-)
+from triton_bn.tuning.search import WITHOUT_GPU, Interrupted, search_all
 
 __all__ = ["MODELS", "Case", "add_arguments", "run"]
 

@@ -1,1 +1,1 @@
-"""Which plan runs a problem: tuned plans and where they are kept, the search for better ones, its results."""
+"""Which plan runs a problem: what is known, the search for better plans, which one is taken, the verb ``tune``."""

@@ -228,16 +228,16 @@ def test_the_report_sees_spills_narrow_accesses_and_every_tensor() -> None:
         assert 3 < kernel.instructions < 60
 
 
-def test_occupancy() -> None:
+def test_programs_a_processor() -> None:
     """By registers, by shared memory, by warp slots."""
     h100, mi300 = TARGETS["sm_90"], TARGETS["gfx942"]
-    assert h100.occupancy(4, 32, 0) == 1.0
-    assert h100.occupancy(4, 64, 0) == 0.5
-    assert h100.occupancy(8, 128, 0) == 0.25
-    assert h100.occupancy(32, 64, 0) == 0.5
-    assert h100.occupancy(4, 32, 56 << 10) == 0.25
-    assert mi300.occupancy(4, 64, 0) == 1.0
-    assert mi300.occupancy(4, 128, 0) == 0.5
+    assert h100.programs(4, 32, 0) == 16
+    assert h100.programs(4, 64, 0) == 8
+    assert h100.programs(8, 128, 0) == 2
+    assert h100.programs(32, 64, 0) == 1
+    assert h100.programs(4, 32, 56 << 10) == 4
+    assert mi300.programs(4, 64, 0) == 8
+    assert mi300.programs(4, 128, 0) == 4
 
 
 @pytest.mark.skipif(not launch.interpreting(), reason="kernels are compiled here")

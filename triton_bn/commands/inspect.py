@@ -27,8 +27,8 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
-        "shape", nargs="?", type=shape, metavar="N,C,...",
-        help="the input's, as in 32,64,56,56 (default: ResNet-50's)",
+        "shape", nargs="*", type=shape, metavar="N,C,...",
+        help="an input's, as in 32,64,56,56 (default: ResNet-50's)",
     )  # fmt: skip
     add("--batch", type=positive, default=32, help="of ResNet-50's shapes (default: %(default)s)")
     add("--channels-last", action="store_true", help="instead of contiguous")
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eval", action="store_true", help="by running statistics")
     add("--direction", choices=["forward", "backward", "both"], default="both")
     add("--target", choices=list(TARGETS), nargs="+", default=["sm_90"])
-    add("--plans", choices=["heuristic", "all"], help="(default: all, but not of ResNet-50)")
+    add("--plans", choices=["heuristic", "all"], help="(default: all of one shape, else heuristic)")
     add("--no-instructions", action="store_true", help="do not disassemble: twice as fast")
     add("--jobs", type=positive, help="processes that compile (default: as many as CPUs)")
     add("--json", action="store_true", help="one JSON list of rows instead of a table")
@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints the report; 1 where a kernel spills."""
     activation = Activation.of(args.activation)
     bits = activation is not None and activation.two_slopes and (args.residual or args.eval)
-    shapes = [args.shape] if args.shape else [(args.batch, *layer[:-1]) for layer in RESNET50]
-    search = args.plans == "all" or (args.plans is None and args.shape is not None)
+    shapes = args.shape or [(args.batch, *layer[:-1]) for layer in RESNET50]
+    search = args.plans == "all" or (args.plans is None and len(args.shape) == 1)
     cases: list[Case] = []
     for target, sizes in product(args.target, shapes):
         x = torch.empty(sizes, dtype=DTYPES[args.dtype], device="meta")

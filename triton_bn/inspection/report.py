@@ -75,11 +75,10 @@ class Target:
     shared: int
     reserved: int = 0
 
-    def occupancy(self, warps: int, registers: int, shared: int) -> float:
-        """The share of a processor's warp slots that programs of this size can fill."""
+    def programs(self, warps: int, registers: int, shared: int) -> int:
+        """Programs of this size that a processor holds at a time."""
         held = 4 * min(self.warps, 512 // max(-(-registers // 8) * 8, 8))
-        programs = min(held // warps, 32, self.shared // max(shared + self.reserved, 1))
-        return programs * warps / (4 * self.warps)
+        return min(held // warps, 32, self.shared // max(shared + self.reserved, 1))
 
 
 TARGETS = {
@@ -103,16 +102,29 @@ class KernelFacts:
     spilled: int
     #: Bytes a program of shared memory.
     shared: int
-    #: The share of a processor's warp slots that can be filled.
+    #: Programs that a processor holds at a time.
+    resident: int
+    #: The share of a processor's warp slots that they fill.
     occupancy: float
+    #: How many times over the launch fills the GPU: of 1.2 waves the last fifth leaves most of it idle.
+    waves: float
     #: Bytes of an access, by tensor: of those accesses that move most of it.
     loads: Mapping[str, int]
     stores: Mapping[str, int]
     #: Bytes of the tensors of the input's size (packed bits included) that are read or written.
     moved: int
     #: Machine instructions a value in the loop over tiles, or in a whole program without a loop;
-    #: ``None`` where nobody asked.
+    #: ``None``, like all that follows, where nobody asked.
     instructions: float | None
+    #: Machine instructions outside of that loop.
+    fixed: int | None = None
+    #: Loads of whole tensors in the loop, or in a program without one; those under way before the first is
+    #: waited for; and those that stand behind a store, so that they wait for all that comes before it.
+    flight: tuple[int, int, int] | None = None
+    #: Barriers in the loop over tiles, in other loops (the merge of partials), and outside.
+    barriers: tuple[int, int, int] | None = None
+    #: Whether the loads keep their hints for the caches; ``None`` for AMD too.
+    hints: bool | None = None
 
 
 class Case(NamedTuple):
@@ -297,31 +309,46 @@ def _facts(entry: _Launch, problem: Problem, name: str, instructions: bool) -> K
     loads, stores = binary.accesses(entry.compiled, tuple(entry.tensors))
     whole = [entry.tensors[name] for name in (*loads, *stores) if name in _WHOLE]
     moved = sum(tensor.numel() * tensor.element_size() for tensor in whole)
-    each = _each(entry, moved / problem.numel, problem, target) if instructions else None
-    return KernelFacts(
+    resident = target.programs(warps, registers, shared)
+    facts = KernelFacts(
         kernel=entry.kernel,
         programs=entry.programs,
         warps=warps,
         registers=registers,
         spilled=spilled,
         shared=shared,
-        occupancy=target.occupancy(warps, registers, shared),
+        resident=resident,
+        occupancy=resident * warps / (4 * target.warps),
+        waves=entry.programs / (max(resident, 1) * target.device.processors),
         loads=loads,
         stores=stores,
         moved=moved,
-        instructions=each,
+        instructions=None,
+    )
+    if not instructions:
+        return facts
+    widths = frozenset(size for name, size in loads.items() if name in _WHOLE)
+    code = binary.instructions(entry.compiled, widths)
+    return replace(
+        facts,
+        instructions=_each(entry, code, moved / problem.numel, problem, target),
+        fixed=code.program - code.loop,
+        flight=(code.loads, code.together, code.behind),
+        barriers=code.barriers,
+        hints=binary.hinted(entry.compiled),
     )
 
 
-def _each(entry: _Launch, size: float, problem: Problem, target: Target) -> float:
+def _each(
+    entry: _Launch, code: binary.Instructions, size: float, problem: Problem, target: Target
+) -> float:
     """Machine instructions a value, of which each moves ``size`` bytes."""
-    program, loop, moved = binary.instructions(entry.compiled)
     threads = entry.constants["num_warps"] * target.gpu.warp_size
-    if not loop:
-        return float(program * threads * entry.programs / problem.numel)
+    if not code.loop:
+        return float(code.program * threads * entry.programs / problem.numel)
     tile = entry.constants["T"]
     # Of a tile that is smaller than the program, several threads hold the same values.
-    return float(loop / (moved / size) * max(threads / (tile.R * tile.K), 1))
+    return float(code.loop / (code.moved / size) * max(threads / (tile.R * tile.K), 1))
 
 
 # ---- many at once ----
@@ -441,21 +468,40 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                 "",
                 f"{row['target']}: {row['problem']}; at least {row['floor_passes']:.2f} passes, "
                 f"{row['floor_bytes']:,} bytes",
-                f"    {'kernel':22} programs warps registers spilled shared occupancy "
-                "instructions  bytes an access",
-                f"    {'':22} {'':8} {'':5} {'':9} {'bytes':>7} {'bytes':>6} {'':9} "
-                f"{'a value':>12}  loads → stores",
+                f"    {'':22} {'':8} {'':5} {'':9} {'bytes':>7} {'bytes':>6}  a pro-{'':6} "
+                "instructions  barriers   loads  hints bytes an access",
+                f"    {'kernel':22} programs warps registers spilled shared cessor waves "
+                "a value fixed          together  kept loads → stores",
             ]
         if row["plan"] != plan:
             plan = row["plan"]
             lines.append(f"  {plan}: {row['passes']:.2f} passes")
-        each = "" if row["instructions"] is None else f"{row['instructions']:.1f}"
         lines.append(
             f"    {row['kernel']:22} {row['programs']:8} {row['warps']:5} {row['registers']:9} "
-            f"{row['spilled']:7} {row['shared']:6} {row['occupancy']:9.0%} {each:>12}  "
-            f"{_widths(row['loads'])} → {_widths(row['stores'])}"
+            f"{row['spilled']:7} {row['shared']:6} {row['resident']:6} {row['waves']:5.2f} "
+            f"{_code(row)} {_widths(row['loads'])} → {_widths(row['stores'])}"
         )
+    if any(row["instructions"] is not None for row in rows):
+        lines += ["", _LEGEND]
     return "\n".join(lines[1:])
+
+
+_LEGEND = """\
+instructions: a value, in the loop over tiles or (a program without one) in all; and outside of that loop
+barriers: in the loop over tiles + in other loops + outside
+loads together: of whole tensors, before the first wait / all in the loop or program; "behind n": behind a store
+hints kept: whether the loads still say which values to keep in the caches"""
+
+
+def _code(row: Mapping[str, Any]) -> str:
+    """What was read off the machine code, if it was."""
+    if row["instructions"] is None:
+        return f"{'':38}"
+    loads, together, behind = row["flight"]
+    flight = f"{together}/{loads}" + (f" behind {behind}" if behind else "")
+    hints = {True: "yes", False: "no", None: "-"}[row["hints"]]
+    barriers = "+".join(map(str, row["barriers"]))
+    return f"{row['instructions']:7.1f} {row['fixed']:5} {barriers:>8} {flight:>9} {hints:>5}"
 
 
 def _widths(accesses: Mapping[str, int]) -> str:

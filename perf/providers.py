@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import triton_bn
 from perf.cases import Case
-from triton_bn import ops
+from triton_bn import verbs
 from triton_bn.plan import Device, Plan, candidates
 from triton_bn.problem import Problem
 
@@ -143,12 +143,12 @@ def driven(driver: str) -> Iterator[None]:
 
 @contextmanager
 def _resolved_by(resolve: Resolve) -> Iterator[Resolve]:
-    usual: Resolve = ops._resolve
-    ops._resolve = resolve  # type: ignore[assignment]
+    usual: Resolve = verbs._resolve
+    verbs._resolve = resolve  # type: ignore[assignment]
     try:
         yield usual
     finally:
-        ops._resolve = usual  # type: ignore[assignment]
+        verbs._resolve = usual  # type: ignore[assignment]
 
 
 @cache

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_bn import ops
+from triton_bn import launch, route, verbs
 from triton_bn.oracle import ACTIVATIONS, Bounded, activate, batch_norm, rounding, slope
 from triton_bn.plan import DEVICES, Device, Plan, candidates, heuristic
 from triton_bn.problem import Problem
@@ -73,11 +73,11 @@ def path(
     """
     path = Path(request.param, device)
     if path.name == "reference":
-        monkeypatch.setattr(ops, "use_kernels", lambda x: False)
+        monkeypatch.setattr(route, "use_kernels", lambda x: False)
     elif device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("no GPU, and Triton's interpreter is off")
     else:
-        assert ops.use_kernels(torch.ones(1, device=device)), "nothing would run the kernels"
+        assert route.use_kernels(torch.ones(1, device=device)), "nothing would run the kernels"
 
     def resolve(problem: Problem, x: Tensor) -> Plan:
         if path.plan is None and path.driver is None:
@@ -89,11 +89,11 @@ def path(
 
     def run(kernel: Any, *arguments: Any) -> None:
         path.launches.append(kernel.__name__)
-        launch(kernel, *arguments)
+        usual(kernel, *arguments)
 
-    launch = ops.launch.run
-    monkeypatch.setattr(ops.launch, "run", run)
-    monkeypatch.setattr(ops, "_resolve", resolve)
+    usual = launch.run
+    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(verbs, "_resolve", resolve)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.empty(8, device=device).isnan().all(), "uninitialized memory is not poisoned"

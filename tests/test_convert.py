@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import triton_bn
-from triton_bn import ops
+from triton_bn import route
 from triton_bn.conversion.convert import conversion_report, convert, revert
 
 
 @pytest.fixture(autouse=True)
 def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What computes a layer is tested elsewhere: here the fastest does."""
-    monkeypatch.setattr(ops, "use_kernels", lambda x: x.is_cuda)
+    monkeypatch.setattr(route, "use_kernels", lambda x: x.is_cuda)
 
 
 @pytest.fixture(autouse=True)

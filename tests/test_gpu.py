@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import triton_bn
-from triton_bn import launch, ops
+from triton_bn import launch, route
 from triton_bn.plan import Device, Plan, candidates
 from triton_bn.problem import Problem, describe
 
@@ -118,4 +118,4 @@ def test_a_tensor_on_another_than_the_current_gpu() -> None:
 
 def test_the_kernels_ran_compiled(device: torch.device) -> None:
     assert not launch.interpreting()
-    assert ops.use_kernels(torch.empty(1, device=device))
+    assert route.use_kernels(torch.empty(1, device=device))

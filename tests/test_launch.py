@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_bn import launch, ops
+from triton_bn import launch, route, verbs
 from triton_bn.functional import batch_norm
 from triton_bn.plan import DEVICES, Plan, candidates
 from triton_bn.problem import Problem
@@ -65,8 +65,8 @@ def test_every_candidate_is_right(
         chosen[problem.direction] = found = plans(problem)
         return found[choice % len(found)]
 
-    monkeypatch.setattr(ops, "use_kernels", lambda _: True)
-    monkeypatch.setattr(ops, "_resolve", resolve)
+    monkeypatch.setattr(route, "use_kernels", lambda _: True)
+    monkeypatch.setattr(verbs, "_resolve", resolve)
 
     def run() -> dict[str, Tensor]:
         leaf = [t.detach().requires_grad_() for t in (x, weight, bias)]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import triton_bn
-from triton_bn import ops
+from triton_bn import route
 from triton_bn.__main__ import COMMANDS, main
 from triton_bn.commands import check, demo
 from triton_bn.demo import digits
@@ -135,7 +135,7 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         monkeypatch.setattr(Wrong, "what", what)
         monkeypatch.setattr(digits, "BatchNorm2d", Wrong)
         monkeypatch.setitem(check.LAYERS, 4, (Wrong, torch.nn.BatchNorm2d))
-        monkeypatch.setattr(ops, "use_kernels", lambda x: x.is_cuda)
+        monkeypatch.setattr(route, "use_kernels", lambda x: x.is_cuda)
 
     return place
 

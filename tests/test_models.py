@@ -13,7 +13,7 @@ import torch
 from packages import package, torchvision
 from torch import Tensor, nn
 
-from triton_bn import BatchNorm2d, ops
+from triton_bn import BatchNorm2d, route
 from triton_bn.conversion.convert import conversion_report, convert, revert
 
 pytestmark = pytest.mark.models
@@ -159,7 +159,9 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_a_converted_model_computes_what_it_did(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "use_kernels", lambda x: x.is_cuda)  # the kernels have their own tests
+    monkeypatch.setattr(
+        route, "use_kernels", lambda x: x.is_cuda
+    )  # the kernels have their own tests
     torch.manual_seed(0)
     model = case.make().double()
     for layer in model.modules():  # a 0 or 1, as after initialization, would hide mistakes

@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import triton_bn
-from triton_bn import Activation, launch, ops, reference
+from triton_bn import Activation, launch, reference, route
 
 WORLD = 4
 PACKAGE = Path(triton_bn.__file__).parent
@@ -55,7 +55,7 @@ class Peer:
         """Who computes in this check: plain torch, or the kernels (on a GPU, else interpreted)."""
         if mode == "kernels" and torch.cuda.is_available():
             return torch.device("cuda")
-        self.patch.setattr(ops, "use_kernels", lambda x: mode == "kernels")
+        self.patch.setattr(route, "use_kernels", lambda x: mode == "kernels")
         return torch.device("cpu")
 
     def layer(self, channels: int, **options: Any) -> triton_bn.SyncBatchNorm:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from traffic import Bytes, Traffic, metered
 
-from triton_bn import launch, ops
+from triton_bn import launch, verbs
 from triton_bn.functional import batch_norm
 from triton_bn.plan import DEVICES, Plan, candidates, channel_blocks, tile_channels
 from triton_bn.problem import Problem, canonical
@@ -62,7 +62,7 @@ def launched(
         chosen[problem.direction] = found[choice % len(found)]
         return chosen[problem.direction]
 
-    monkeypatch.setattr(ops, "_resolve", resolve)
+    monkeypatch.setattr(verbs, "_resolve", resolve)
     channels = x.shape[1]
     weight, bias = (
         torch.ones(channels, requires_grad=True),

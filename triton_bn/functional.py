@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from triton_bn import ops, reference
+from triton_bn import operators, reference
 from triton_bn.problem import Activation, check
 from triton_bn.sync import Ranks
 
@@ -105,7 +105,7 @@ def _batch_norm(
             weight = weight.contiguous()
         if bias is not None:
             bias = bias.contiguous()
-        y = ops.batch_norm(
+        y = operators.batch_norm(
             input, weight, bias, residual, running_mean, running_var,
             num_batches_tracked, training, momentum, eps, activation, ranks,
         )  # fmt: skip

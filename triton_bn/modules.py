@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from triton_bn.functional import _batch_norm
-from triton_bn.ops import Plans, plans
 from triton_bn.plan import Device
 from triton_bn.problem import Activation
 from triton_bn.sync import Ranks, group_of
 from triton_bn.tuning.results import Report
 from triton_bn.tuning.tune import tune
+from triton_bn.verbs import Plans, plans
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"]
 

@@ -1,0 +1,175 @@
+"""What the derivative of a normalization is: the autograd function, over verbs called directly or as operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_bn import reference, verbs
+from triton_bn.problem import Activation
+from triton_bn.route import transformed
+from triton_bn.verbs import Gradients
+
+__all__ = ["BatchNorm", "Direct", "Operators", "flat", "keeps_bits"]
+
+
+class BatchNorm(torch.autograd.Function):
+    """Normalization by batch statistics (``training``) or by running ones, with its gradient.
+
+    ``verbs`` are what computes: :class:`Direct` or the operators that stand for them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        verbs: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+        activation: Activation | None,
+        bits: bool,
+        ranks: Any = None,
+    ) -> Any:
+        if training:
+            y, stats, packed = verbs.forward(
+                x, weight, bias, running_mean, running_var, num_batches_tracked, residual,
+                momentum, eps, activation, bits, ranks,
+            )  # fmt: skip
+        else:
+            y, stats, packed = verbs.normalize(
+                x, running_mean, running_var, weight, bias, residual, eps, activation, bits
+            )
+        recompute = activation is not None and not bits
+        keep_x = recompute or _needs_sums(ctx.needs_input_grad[1:4], training)
+        ctx.save_for_backward(
+            x if keep_x else None, stats, weight, bias, residual if recompute else None,
+            packed if bits else None,
+        )  # fmt: skip
+        ctx.verbs, ctx.training, ctx.eps, ctx.activation = verbs, training, eps, activation
+        ctx.layout, ctx.ranks = y.stride(), ranks
+        if verbs.all_outputs:
+            ctx.mark_non_differentiable(stats, packed)
+            return y, stats, packed
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, stats, weight, bias, residual, packed = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:5]
+        again = torch.is_grad_enabled()
+        # Compiled autograd traces what eager calls have saved.
+        verbs = Operators if torch.compiler.is_compiling() else ctx.verbs
+        if x is None and dy.stride() != ctx.layout:
+            dy = reference.in_layout(dy, ctx.layout)
+        if (again or transformed() or _batched(dy)) and ctx.ranks is None:
+            # create_graph, gradients batched by vmap, or dy with a tangent: the gradient as a function of
+            # everything, in operators that have rules for all of that.
+            with torch.enable_grad():
+                gradients = reference.differentiable_backward(
+                    dy, x, stats, weight, bias, residual, packed, ctx.activation, ctx.training,
+                    ctx.eps, needs, again,
+                )  # fmt: skip
+        else:
+            with torch.no_grad():
+                gradients = verbs.backward(
+                    dy, x, stats, weight, bias, residual, packed, ctx.activation, ctx.training,
+                    needs, ctx.ranks,
+                )  # fmt: skip
+            if again:
+                gradients = _only_once(gradients)
+        return (None, *gradients, *[None] * 9)
+
+
+def _batched(dy: Tensor) -> bool:
+    """Whether many gradients come at once: ``torch.autograd.grad(..., is_grads_batched=True)``."""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(dy) or functorch.is_legacy_batchedtensor(dy)
+
+
+class Direct:
+    """The functions of :mod:`triton_bn.verbs`, called directly: the eager way."""
+
+    all_outputs = False
+    forward = staticmethod(verbs.forward)
+    normalize = staticmethod(verbs.normalize)
+    backward = staticmethod(verbs.backward)
+
+
+class Operators:
+    """The same as registered operators; ``keys`` are those below autograd, while it runs."""
+
+    all_outputs = True
+
+    def __init__(self, keys: Any) -> None:
+        self.keys = keys
+
+    def forward(self, *arguments: Any) -> Any:
+        *tensors, activation, bits, ranks = arguments
+        op = torch.ops.triton_bn.forward.default
+        return op.redispatch(
+            self.keys, *tensors, *flat(activation), bits, *(ranks or (None, False))
+        )
+
+    def normalize(self, *arguments: Any) -> Any:
+        *tensors, activation, bits = arguments
+        op = torch.ops.triton_bn.normalize.default
+        return op.redispatch(self.keys, *tensors, *flat(activation), bits)
+
+    @staticmethod
+    def backward(*arguments: Any) -> Gradients:
+        *tensors, activation, training, needs, ranks = arguments
+        group = None if ranks is None else ranks[0]
+        gradients = torch.ops.triton_bn.backward(
+            *tensors, *flat(activation), training, needs, group
+        )
+        dx, dweight, dbias, dresidual = (
+            g if needed else None for g, needed in zip(gradients, needs, strict=True)
+        )
+        return dx, dweight, dbias, dresidual
+
+
+def _only_once(gradients: Gradients) -> Gradients:
+    """The gradients, which raise where they are differentiated: nobody made those of a shared batch so."""
+    present = [g for g in gradients if g is not None]
+    error = torch._C._functions.DelayedError(
+        "SyncBatchNorm has no second derivatives, as PyTorch's has none", len(present)
+    )
+    marked = iter(error(*(g.detach().requires_grad_() for g in present)))
+    dx, dweight, dbias, dresidual = (None if g is None else next(marked) for g in gradients)
+    return dx, dweight, dbias, dresidual
+
+
+def _needs_sums(needs: tuple[bool, bool, bool], training: bool) -> bool:
+    """Whether the gradients of (x, weight, bias) that are needed take sums over channels, so x."""
+    return needs[1] or needs[2] or (needs[0] and training)
+
+
+def keeps_bits(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    activation: Activation | None,
+) -> bool:
+    """Whether the forward packs the activation's slopes for the backward."""
+    if activation is None or not activation.two_slopes or not torch.is_grad_enabled():
+        return False
+    needs = [t is not None and t.requires_grad for t in (x, weight, bias, residual)]
+    needs_sums = _needs_sums((needs[0], needs[1], needs[2]), training)
+    return any(needs) and (residual is not None or not needs_sums)
+
+
+def flat(activation: Activation | None) -> tuple[str | None, float | None]:
+    return (None, None) if activation is None else (activation.name, activation.parameter)

@@ -1,0 +1,186 @@
+"""The registered operators ``torch.ops.triton_bn.{forward, normalize, backward}``, and who is called.
+
+Whatever watches operators go by (torch.compile, fake tensors, dispatch modes) is given these; they end in
+the verbs that eager calls go straight to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_bn import reference, verbs
+from triton_bn.autograd import BatchNorm, Direct, Operators, flat, keeps_bits
+from triton_bn.problem import Activation
+from triton_bn.route import transformed, watched
+from triton_bn.sync import Ranks
+from triton_bn.verbs import absent, fake_outputs
+
+__all__ = ["batch_norm"]
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: Activation | None,
+    ranks: Ranks | None = None,
+) -> Tensor:
+    """``activation(bn(x) + residual)`` for checked arguments, a residual like x, and at least one value.
+
+    With ``ranks``, in training, x is this process's part of the batch; a part may have no values.
+    """
+    if transformed() and ranks is None:
+        return reference.composite(
+            x, weight, bias, running_mean, running_var, num_batches_tracked, residual,
+            training, momentum, eps, activation,
+        )  # fmt: skip
+    bits = keeps_bits(x, weight, bias, residual, training, activation)
+    if torch.compiler.is_compiling() or watched(
+        x, weight, bias, residual, running_mean, running_var
+    ):
+        if training:
+            return torch.ops.triton_bn.forward(
+                x, weight, bias, running_mean, running_var, num_batches_tracked, residual,
+                momentum, eps, *flat(activation), bits, *_named(ranks),
+            )[0]  # fmt: skip
+        return torch.ops.triton_bn.normalize(
+            x, running_mean, running_var, weight, bias, residual, eps, *flat(activation), bits
+        )[0]
+    return BatchNorm.apply(
+        Direct, x, weight, bias, residual, running_mean, running_var, num_batches_tracked,
+        training, momentum, eps, activation, bits, ranks,
+    )  # fmt: skip
+
+
+def _named(ranks: Ranks | None) -> tuple[str | None, bool]:
+    return (None, False) if ranks is None else (ranks.group.group_name, ranks.ask)
+
+
+# The operators. Activations travel as (name, parameter), ranks as (name of the group, whether it is still
+# to be asked); absent outputs as empty tensors.
+
+_library = torch.library.Library("triton_bn", "DEF")
+_library.define(
+    "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor(c!)? num_batches_tracked, Tensor? residual, float? momentum, float eps, str? activation, "
+    "float? parameter, bool bits, str? group, bool ask) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "normalize(Tensor x, Tensor mean, Tensor variance, Tensor? weight, Tensor? bias, Tensor? residual, "
+    "float eps, str? activation, float? parameter, bool bits) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "backward(Tensor dy, Tensor? x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, "
+    "Tensor? packed, str? activation, float? parameter, bool training, bool[4] needs, str? group) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _activation(name: str | None, parameter: float | None) -> Activation | None:
+    return None if name is None else Activation(name, parameter)
+
+
+def _forward_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tensors: list[Any]
+    *tensors, name, parameter, bits, group, ask = arguments
+    ranks = None if group is None else Ranks.named(group, tensors[0], ask)
+    others = (_activation(name, parameter), bits, ranks)
+    y, stats, packed = verbs.forward(*(*tensors, *others))
+    return y, stats, absent(y, torch.uint8) if packed is None else packed
+
+
+def _normalize_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, name, parameter, bits = arguments
+    others = (_activation(name, parameter), bits)
+    y, stats, packed = verbs.normalize(*(*tensors, *others))
+    return y, stats, absent(y, torch.uint8) if packed is None else packed
+
+
+def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
+    dy, *_, name, parameter, training, needs, group = arguments
+    ranks = None if group is None else Ranks.named(group, dy, False)
+    others = (_activation(name, parameter), training, tuple(needs), ranks)
+    gradients = verbs.backward(*(*arguments[:-5], *others))
+    # An operator's outputs are its own: without an activation dresidual is dy itself.
+    return tuple(absent(dy) if g is None else g.clone() if g is dy else g for g in gradients)
+
+
+def _autograd_op(op: str, split: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+    """The operator with its gradient; ``split`` reorders its arguments to those of BatchNorm."""
+
+    def call(keyset: Any, *arguments: Any) -> Any:
+        below = keyset & torch._C._after_autograd_keyset
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return BatchNorm.apply(Operators(below), *split(*arguments))
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.triton_bn, op).default.redispatch(below, *arguments)
+
+    return call
+
+
+def _split_forward(*arguments: Any) -> tuple[Any, ...]:
+    (
+        x, weight, bias, mean, var, tracked, residual, momentum, eps, name, parameter, bits,
+        group, ask,
+    ) = arguments  # fmt: skip
+    return (
+        x, weight, bias, residual, mean, var, tracked, True, momentum, eps,
+        _activation(name, parameter), bits, None if group is None else (group, ask),
+    )  # fmt: skip
+
+
+def _split_normalize(*arguments: Any) -> tuple[Any, ...]:
+    x, mean, var, weight, bias, residual, eps, name, parameter, bits = arguments
+    return (
+        x, weight, bias, residual, mean, var, None, False, 0.0, eps,
+        _activation(name, parameter), bits,
+    )  # fmt: skip
+
+
+for _name, _implementation, _split in (
+    ("forward", _forward_op, _split_forward),
+    ("normalize", _normalize_op, _split_normalize),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _library.impl(_name, _autograd_op(_name, _split), "Autograd", with_keyset=True)
+_library.impl("backward", _backward_op, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("triton_bn::forward", lib=_library)
+def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, bits, group, _ = others
+    return fake_outputs(x, bits, 2 if group is None else 3)
+
+
+@torch.library.register_fake("triton_bn::normalize", lib=_library)
+def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_outputs(x, others[-1])
+
+
+@torch.library.register_fake("triton_bn::backward", lib=_library)
+def _(
+    dy: Tensor,
+    x: Tensor | None,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *others: Any,
+) -> Any:
+    like = dy if x is None else x
+    wanted = (like, weight, bias, like)
+    return tuple(
+        torch.empty_like(t) if needed and t is not None else absent(dy)
+        for t, needed in zip(wanted, others[-2], strict=True)
+    )

@@ -1,0 +1,278 @@
+"""The verbs, by whoever computes: described, planned and launched on the kernels, or in plain torch.
+
+Eager calls, the autograd function and the registered operators all end here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_bn import launch, reference, route
+from triton_bn.plan import Device, Plan
+from triton_bn.problem import FLOATING, Activation, Problem, canonical, describe
+from triton_bn.sync import DISAGREE, Ranks
+from triton_bn.tuning.resolve import resolve
+
+__all__ = [
+    "Gradients",
+    "Outputs",
+    "Plans",
+    "absent",
+    "backward",
+    "fake_outputs",
+    "forward",
+    "normalize",
+    "plans",
+]
+
+Outputs = tuple[Tensor, Tensor, Tensor | None]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _resolve(problem: Problem, x: Tensor) -> Plan:
+    return resolve(problem, Device.current(x.device))
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    residual: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: Activation | None,
+    bits: bool,
+    ranks: Ranks | None = None,
+) -> Outputs:
+    """Training: y, stats (2, C) and, with bits, the packed slopes; running statistics advance in place.
+
+    With ``ranks``, x is this process's part of the batch, and stats has a third row: the batch's count.
+    """
+    if ranks is not None:
+        running = (running_mean, running_var, num_batches_tracked)
+        return _forward_shared(
+            ranks, x, weight, bias, running, residual, momentum, eps, activation, bits
+        )
+    if not route.use_kernels(x):
+        return reference.forward(
+            x, weight, bias, running_mean, running_var, num_batches_tracked, residual,
+            momentum, eps, activation, bits,
+        )  # fmt: skip
+    problem, x = describe(
+        x,
+        training=True,
+        residual=residual is not None,
+        activation=activation,
+        bits=bits,
+        cumulative=momentum is None
+        and num_batches_tracked is not None
+        and running_mean is not None,
+    )
+    return launch.forward(
+        problem, _resolve(problem, x), x, weight, bias, running_mean, running_var,
+        num_batches_tracked, residual, momentum, eps,
+    )  # fmt: skip
+
+
+def _forward_shared(
+    ranks: Ranks,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: tuple[Tensor | None, Tensor | None, Tensor | None],
+    residual: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    activation: Activation | None,
+    bits: bool,
+) -> Outputs:
+    """The halves of :func:`forward`, with the collective between them."""
+    ranks.agree()
+    tag, kernels, empty = FLOATING.index(x.dtype), route.use_kernels(x), x.numel() == 0
+    if empty:
+        row = x.new_zeros(2 * x.shape[1] + 2, dtype=torch.float64)
+        row[-1] = tag
+    elif kernels:
+        problem, x = describe(
+            x, training=False, residual=residual is not None, activation=activation, bits=bits
+        )
+        plan = _resolve(problem, x)
+        row = launch.row(problem, plan, x, tag)
+    else:
+        row = reference.row(x, tag)
+    rows = ranks.gather(row)
+    if x.device.type == "cpu":
+        ranks.verify(rows, FLOATING)
+    stats = x.new_empty((3, x.shape[1]), dtype=reference.accumulator(x.dtype))
+    if kernels:
+        moments, agree = launch.merge(rows, stats[2], *running, momentum)
+        if x.device.type != "cpu":
+            torch._assert_async(agree, DISAGREE)
+    else:
+        merged = reference.merge(rows, *running, momentum)
+        moments = merged[:2]
+        stats[2] = merged[2]
+    if empty:
+        return fake_outputs(x, bits, 3)
+    mean, variance = moments.unbind()
+    if kernels:
+        return launch.normalize(
+            problem, plan, x, mean, variance, weight, bias, residual, eps, stats
+        )
+    y, stats[:2], packed = normalize(
+        x, mean, variance, weight, bias, residual, eps, activation, bits
+    )
+    return y, stats, packed
+
+
+def normalize(
+    x: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: Activation | None,
+    bits: bool,
+) -> Outputs:
+    """The transform by a given mean and biased variance (C,): y, stats (2, C) and the packed slopes."""
+    if not route.use_kernels(x):
+        acc = reference.accumulator(x.dtype)
+        stats = torch.stack([mean.to(acc), (variance.to(acc) + eps).rsqrt()])
+        y, packed = reference.normalize(
+            x, stats[0], stats[1], weight, bias, residual, activation, bits
+        )
+        return y, stats, packed
+    problem, x = describe(
+        x, training=False, residual=residual is not None, activation=activation, bits=bits
+    )
+    return launch.normalize(
+        problem, _resolve(problem, x), x, mean, variance, weight, bias, residual, eps
+    )
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    packed: Tensor | None,
+    activation: Activation | None,
+    training: bool,
+    needs: tuple[bool, bool, bool, bool],
+    ranks: Ranks | None = None,
+) -> Gradients:
+    """dx, dweight, dbias and dresidual, each where needed.
+
+    With ``ranks``, x is this process's part of the batch, and stats has a third row: the batch's count.
+    """
+
+    def means(sums: Tensor) -> None:
+        """The sums of this process → the means over the batch."""
+        assert ranks is not None
+        ranks.add(sums)
+        sums /= stats[2]
+
+    if ranks is not None and dy.numel() == 0:
+        if needs[0]:
+            means(torch.zeros_like(stats[:2]))
+        dx, dweight, dbias, dresidual = (
+            torch.zeros_like(t) if needed and t is not None else None
+            for t, needed in zip((dy, weight, bias, dy), needs, strict=True)
+        )
+        return dx, dweight, dbias, dresidual
+    share = None if ranks is None else means
+    if route.use_kernels(dy):
+        problem, seen = describe(
+            dy if x is None else x,
+            direction="backward",
+            # A shared batch's statistics are given, so far as plans are concerned: two launches.
+            training=training and share is None,
+            residual=residual is not None,
+            activation=activation,
+            bits=packed is not None,
+        )
+        return launch.backward(
+            problem, _resolve(problem, dy), dy, None if x is None else seen, stats, weight, bias,
+            residual, packed, needs, share,
+        )  # fmt: skip
+    needs_x, needs_weight, needs_bias, needs_residual = needs
+    kept = (stats, weight, bias, residual, packed, activation)
+    dx = dweight = dbias = dresidual = sums = None
+    if needs_weight or needs_bias or (needs_x and training):
+        assert x is not None
+        sums = reference.backward_reduce(dy, x, *kept)
+        if needs_weight and weight is not None:
+            dweight = (sums[1] * stats[1]).to(weight.dtype)
+        if needs_bias and bias is not None:
+            dbias = sums[0].to(bias.dtype)
+    if needs_x or needs_residual:
+        count = dy.numel() // dy.shape[1]
+        if share is not None and sums is not None and needs_x:
+            sums = sums.clone()  # of which dbias may be a part
+            share(sums)
+            count = 1
+        dx, dresidual = reference.backward_apply(dy, x, *kept, sums if training else None, count)
+    return dx if needs_x else None, dweight, dbias, dresidual if needs_residual else None
+
+
+class Plans(NamedTuple):
+    """What a layer's call would launch, forward and backward."""
+
+    forward: Plan
+    backward: Plan
+
+    def __str__(self) -> str:
+        return f"forward   {self.forward}\nbackward  {self.backward}"
+
+
+def plans(
+    x: Tensor,
+    *,
+    training: bool,
+    residual: bool = False,
+    activation: Activation | None = None,
+    cumulative: bool = False,
+    device: Device | None = None,
+) -> Plans:
+    """The plans for an input (only its metadata counts) whose gradients are all wanted."""
+    bits = residual and activation is not None and activation.two_slopes
+    problem, _ = describe(
+        x,
+        training=training,
+        residual=residual,
+        activation=activation,
+        bits=bits,
+        cumulative=cumulative,
+    )
+    # With its slopes kept, the backward needs no residual.
+    behind = replace(
+        problem, direction="backward", residual=residual and not bits, cumulative=False
+    )
+    device = device or Device.current(x.device)
+    return Plans(resolve(problem, device), resolve(behind, device))
+
+
+def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return like.new_empty(0, dtype=dtype)
+
+
+def fake_outputs(x: Tensor, bits: bool, rows: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x)
+    stats = x.new_empty((rows, x.shape[1]), dtype=reference.accumulator(x.dtype))
+    if not bits:
+        return y, stats, absent(x, torch.uint8)
+    view = canonical.__wrapped__(tuple(y.shape), y.stride())
+    assert view is not None, "a dense tensor always has its canonical view"
+    outer, channels, inner = view[0]
+    return y, stats, x.new_empty((outer, (channels * inner + 7) // 8), dtype=torch.uint8)

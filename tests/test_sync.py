@@ -33,6 +33,7 @@ import torch.multiprocessing as mp
 from oracle import Bounded
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import triton_bn
@@ -332,11 +333,17 @@ def a_copy_asks_again(peer: Peer) -> None:
     x = torch.randn(4, 3)
     layer.process_group = peer.group
     layer(x)
-    layer.process_group = None  # PyTorch's layer cannot be copied with one, either
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        twin.process_group = peer.group
+    twin = copy.deepcopy(nn.ModuleList([layer, layer]))
+    assert twin[0] is twin[1] is not layer
+    assert twin[0].process_group is peer.group
+    assert twin[0].weight is not layer.weight
+    assert torch.equal(twin[0].running_mean, layer.running_mean)
+    layer.process_group = None  # a group cannot be pickled
+    sent = pickle.loads(pickle.dumps(layer))
+    sent.process_group = peer.group
+    for copied in (twin[0], sent):
         with peer.collectives(2):
-            twin(x)
+            copied(x)
 
 
 # ---- when they do not fit together ----
@@ -370,6 +377,16 @@ def ranks_disagree_on_dtype(peer: Peer, mode: str) -> None:
     layer(x.half())  # all together they may
 
 
+def in_step(peer: Peer, layer: triton_bn.SyncBatchNorm) -> None:
+    """The ranks normalize the batch of one and the same step: by its statistics, and nobody else's."""
+    whole = torch.randn(12, 3, generator=torch.Generator().manual_seed(7)) * 3 + 5
+    plain = nn.BatchNorm1d(3)
+    for _ in range(2):
+        whole = whole + 1
+        own = slice(4 * peer.rank, 4 * peer.rank + 4)
+        torch.testing.assert_close(layer(whole[own]), plain(whole)[own])
+
+
 @check(3)
 def a_rank_is_given_what_is_wrong(peer: Peer) -> None:
     x = torch.randn(5, 3)
@@ -378,6 +395,8 @@ def a_rank_is_given_what_is_wrong(peer: Peer) -> None:
         ((torch.randn(5),), ValueError, "expected at least 2D input"),
         ((torch.ones(5, 3, dtype=torch.int64),), NotImplementedError, "not implemented"),
         ((x, torch.randn(2, 3)), RuntimeError, "broadcast|match"),
+        ((x.to_sparse(),), RuntimeError, "."),
+        ((x.to_mkldnn(),), RuntimeError, "."),
     ):
         for used in (False, True):
             layer = peer.layer(3)
@@ -390,7 +409,66 @@ def a_rank_is_given_what_is_wrong(peer: Peer) -> None:
                 with peer.raises(RuntimeError, "rank 1 of the group raised an error"):
                     layer(x)
             assert layer.num_batches_tracked == int(used)
-            layer(x)  # and on they go
+            in_step(peer, layer)
+
+
+@check(3, mode="reference")
+@check(3, mode="kernels")
+def a_rank_runs_out_of_memory(peer: Peer, mode: str) -> None:
+    """Before its row is sent: then all raise. Behind the collective: then it alone does."""
+    if torch.cuda.is_available():
+        return
+    peer.use(mode)
+    x = torch.randn(5, 3)
+    computes = launch if mode == "kernels" else reference
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    for verb, all_raise in (("row", True), ("normalize", False)):
+        for used in (False, True):
+            layer = peer.layer(3)
+            if used:
+                layer(x)
+            if peer.rank == 1:
+                with (
+                    pytest.MonkeyPatch.context() as patch,
+                    peer.raises(torch.OutOfMemoryError, "out of memory"),
+                ):
+                    patch.setattr(computes, verb, full)
+                    layer(x)
+            elif all_raise:
+                with peer.raises(RuntimeError, "rank 1 of the group raised an error"):
+                    layer(x)
+            else:
+                layer(x)
+            assert layer.num_batches_tracked == int(used) + (not all_raise)
+            in_step(peer, layer)
+
+
+@check(2)
+def an_operators_error_is_sent_once(peer: Peer) -> None:
+    """Where somebody watches operators, the row is made and sent inside one."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return op(*args, **(kwargs or {}))
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    peer.use("reference")
+    layer = peer.layer(3)
+    layer(torch.randn(4, 3))
+    with pytest.MonkeyPatch.context() as patch, Watch():
+        if peer.rank == 1:
+            patch.setattr(reference, "row", full)
+        with peer.raises(RuntimeError, "out of memory|rank 1 of the group"):
+            layer(torch.randn(4, 3))
+    with peer.collectives(1):
+        layer(torch.randn(4, 3))
 
 
 @check(2)

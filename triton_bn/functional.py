@@ -69,7 +69,7 @@ def _batch_norm(
 ) -> Tensor:
     """:func:`batch_norm` for the layers: with their counter, and ``momentum=None`` for the cumulative average.
 
-    With ``ranks``, input is this process's part of a training batch.
+    With ``ranks``, input is this process's part of a training batch, and the caller is in ``ranks.together()``.
     """
     if torch.jit.is_tracing() and ranks is None:  # type: ignore[attr-defined]
         # Sizes are tensors there: what PyTorch's own operators ask of them leaves no mark in the trace.
@@ -81,17 +81,16 @@ def _batch_norm(
         check(input, running_mean, running_var, weight, bias, training, eps)
         fused = _fuses(input, residual)
     else:
-        with ranks.together():
-            # How many values there are is a question to all ranks: here any part will do.
-            part = input if input.numel() > input.shape[1] else input.new_empty((2, input.shape[1]))
-            # FSDP's mixed precision casts parameters, not buffers: PyTorch's layer lets them differ.
-            check(part, running_mean, running_var, None, None, training, eps)
-            check(part, None, None, weight, bias, training, eps)
-            if input.shape[1] != ranks.channels:
-                raise RuntimeError(
-                    f"expected input with {ranks.channels} channels (num_features), got {input.shape[1]}"
-                )
-            fused = _fuses(input, residual)
+        # How many values there are is a question to all ranks: here any part will do.
+        part = input if input.numel() > input.shape[1] else input.new_empty((2, input.shape[1]))
+        # FSDP's mixed precision casts parameters, not buffers: PyTorch's layer lets them differ.
+        check(part, running_mean, running_var, None, None, training, eps)
+        check(part, None, None, weight, bias, training, eps)
+        if input.shape[1] != ranks.channels:
+            raise RuntimeError(
+                f"expected input with {ranks.channels} channels (num_features), got {input.shape[1]}"
+            )
+        fused = _fuses(input, residual)
     separate = None
     if residual is not None and not fused:
         separate, residual = (residual, activation), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -146,8 +147,8 @@ class SyncBatchNorm(_Fused):
 
     Raises:
         RuntimeError: on every rank, where the ranks disagree on ``num_features`` or on the input's dtype, or
-            where one of them raises for what it was given (that one raises its own error). On a GPU the
-            others, and ranks that disagree on the dtype, stop with a device assertion.
+            where one of them raises before it has sent its moments (that one raises its own error). On a GPU
+            the others, and ranks that disagree on the dtype, stop with a device assertion.
         ValueError: on every rank, where there is one value a channel on all of them together.
     """
 
@@ -188,16 +189,27 @@ class SyncBatchNorm(_Fused):
         own = (self.weight, self.bias, self.running_mean, input)
         device = next(tensor.device for tensor in own if tensor is not None)
         ranks = Ranks(group, self.num_features, device, self._agreed is not group)
-        with ranks.together():
-            self._check_input_dim(input)
-        y = self._run(input, residual, ranks)
-        self._agreed = group
+        try:
+            with ranks.together():
+                self._check_input_dim(input)
+                y = self._run(input, residual, ranks)
+            ranks.ask = False  # an operator asks by ranks of its own
+        finally:
+            # As soon as the ranks agree, whatever this one raises then: they must all know the same.
+            if not ranks.ask:
+                self._agreed = group
         return y
 
     def _uses_batch_statistics(self) -> bool:
         # Between the moments and the transform of a shared batch there is a collective.
         shared = self.training and group_of(self.process_group) is not None
         return super()._uses_batch_statistics() and not shared
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
+        memo[id(self.process_group)] = self.process_group  # no copy of it: both synchronize over it
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy asks for itself: a process group does not travel.

@@ -7,6 +7,7 @@ the verbs that eager calls go straight to.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ def batch_norm(
     if torch.compiler.is_compiling() or watched(
         x, weight, bias, residual, running_mean, running_var
     ):
+        if ranks is not None:
+            ranks.sent = True  # or will be: the operator has ranks of its own
         if training:
             return torch.ops.triton_bn.forward(
                 x, weight, bias, running_mean, running_var, num_batches_tracked, residual,
@@ -96,7 +99,8 @@ def _forward_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, name, parameter, bits, group, ask = arguments
     ranks = None if group is None else Ranks.named(group, tensors[0], ask)
     others = (_activation(name, parameter), bits, ranks)
-    y, stats, packed = verbs.forward(*(*tensors, *others))
+    with nullcontext() if ranks is None else ranks.together():
+        y, stats, packed = verbs.forward(*(*tensors, *others))
     return y, stats, absent(y, torch.uint8) if packed is None else packed
 
 

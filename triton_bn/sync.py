@@ -12,10 +12,11 @@ exactly and, for inputs of up to 32 bits, all the digits by which two ranks' mea
 Rows are of one length and dtype whatever the input's, so that ranks that disagree about anything but
 the number of channels still meet in one collective, and learn it from the tags. As the numbers of
 channels decide the length, they are compared beforehand: one more collective at the first step of
-each layer in each group (:meth:`Ranks.agree`). A rank whose arguments are wrong takes part
-nevertheless, with a tag that says so, and then raises (:meth:`Ranks.together`); so all ranks raise,
-and none waits for it. What else may go wrong on a rank (out of memory, say) leaves the others to the
-process group's timeout.
+each layer in each group (:meth:`Ranks.agree`). A rank that raises before it has sent its row (its
+arguments are wrong, or its memory is full) takes part nevertheless, with a tag that says so, and then
+raises (:meth:`Ranks.together`); so all ranks raise, none waits for it, and the next step finds all of
+them at the same place. A rank that raises later (behind the forward's collective, or in the backward)
+leaves the others to the process group's timeout at the next one.
 
 On a GPU nobody looks at a row, since that would make the host wait: there a device assertion says
 what an exception says on a CPU. The collectives are queued in the current stream, so the host does
@@ -58,15 +59,17 @@ def group_of(process_group: Any) -> Any:
     return group if dist.get_world_size(group) > 1 else None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ranks:
-    """The processes that share the batches of a layer with ``channels`` channels on ``device``."""
+    """The processes that share a batch of a layer with ``channels`` channels on ``device``: one step's."""
 
     group: Any
     channels: int
     device: torch.device
     #: Whether the numbers of channels are still to be compared.
     ask: bool
+    #: Whether this rank's row is on its way, so that the others do not wait for it.
+    sent: bool = False
 
     @classmethod
     def named(cls, name: str, x: Tensor, ask: bool) -> Ranks:
@@ -88,22 +91,27 @@ class Ranks:
             raise RuntimeError(
                 f"SyncBatchNorm: the ranks disagree on num_features: {_by_rank(channels)}"
             )
+        self.ask = False
 
     def gather(self, row: Tensor) -> Tensor:
         """All ranks' rows (ranks, 2 * C + 2), in the ranks' order."""
+        self.sent = True
         return self._gather(row).view(-1, row.numel())
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What raises inside on one rank makes all ranks raise, instead of wait for that rank's row."""
+        """What raises inside on one rank, before its row is sent, makes all ranks raise."""
         try:
             yield
         except Exception:
-            with suppress(RuntimeError):  # the error that is under way matters more
-                self.agree()
-                row = torch.zeros(2 * self.channels + 2, dtype=torch.float64, device=self.device)
-                row[-1] = FAILED
-                self._gather(row)
+            if not self.sent:
+                with suppress(RuntimeError):  # the error that is under way matters more
+                    self.agree()
+                    row = torch.zeros(
+                        2 * self.channels + 2, dtype=torch.float64, device=self.device
+                    )
+                    row[-1] = FAILED
+                    self.gather(row)
             raise
 
     def verify(self, rows: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+import direct
+import numpy
 import oracle
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from triton_bn import launch, route, verbs
 from triton_bn.functional import batch_norm
-from triton_bn.plan import DEVICES, Plan, candidates
+from triton_bn.plan import DEVICES, Plan, Tile, candidates
 from triton_bn.problem import Problem
 
 #: A GPU as much smaller as the tensors here are: every driver is a candidate, programs are few.
@@ -92,3 +95,93 @@ def test_every_candidate_is_right(
                 assert torch.equal(value, results[key]), f"{under}: {key} differs in a second run"
         choice += 1
     assert drivers >= {"resident", "split"}
+
+
+#: (shape, columns of a tile, blocks of a window, splits): channels that are larger than a window, and
+#: channels that begin and end within one.
+WINDOWS = [
+    ((5, 3, 20), 8, 1, 1),
+    ((5, 3, 20), 8, 2, 2),
+    ((4, 2, 61), 8, 3, 1),
+    ((3, 40, 3), 16, 1, 2),
+    ((9, 24), 8, 1, 2),
+]
+
+
+@pytest.mark.parametrize(("shape", "columns", "window", "splits"), WINDOWS)
+@pytest.mark.parametrize("programs", [1, 3])
+def test_streamed_waits_for_all_that_it_reads(
+    shape: tuple[int, ...],
+    columns: int,
+    window: int,
+    splits: int,
+    programs: int,
+    device: torch.device,
+) -> None:
+    """A channel of several windows is whole before any of it is transformed, with one program too."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, *shape, device=device).unbind()
+    x = x * 3 + 2
+    names = ("weight", "bias", "running_mean", "running_var")
+    given = {name: torch.rand(shape[1], device=device) + 0.5 for name in names}
+    expected = oracle.batch_norm(
+        x, given["running_mean"], given["running_var"], given["weight"], given["bias"], True, dy=dy,
+        interpreted=launch.interpreting(),
+    )  # fmt: skip
+    tile = Tile(2, columns, 1, 4, splits)
+    plan = Plan("streamed", tile, tile, window=window, programs=programs)
+    with direct.poisoned():
+        for name, value in direct.step(x, dy, plan, **given).items():
+            expected[name].assert_close(value, name)
+
+
+def infinite_plans(last: bool) -> list[Plan]:
+    """Of each driver, for (9, 4, 2, 5): tiles that hold parts of channels, one whole, and several."""
+    tile, columns = Tile(2, 8, 2, 4, 2), 4 if last else 64
+    whole = Tile(2, columns, 45 if last else 5)
+    return [
+        Plan("split", tile, tile),
+        Plan("streamed", tile, tile, window=1, programs=3),
+        Plan("resident", whole, channels=4),
+        Plan("resident", replace(whole, columns=columns // 2), channels=2),
+    ]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("choice", range(4))
+def test_a_channel_with_an_infinity_has_the_mean_that_float64_gives(
+    layout: str, choice: int, device: torch.device
+) -> None:
+    """Wherever it stands: in the values that means are relative to, behind them, in a part that is merged.
+
+    The variance is NaN, as are y and dx, and the channels beside it know nothing of it.
+    """
+    inf, nan = math.inf, math.nan
+    values = [
+        {(0, 1, 0, 0): inf},
+        {(3, 1, 1, 2): -inf, (3, 0, 1, 2): inf},
+        {(8, 1, 1, 4): inf, (0, 2, 0, 0): nan},
+        {(0, 0, 0, 0): inf, (1, 0, 0, 0): -inf, (5, 3, 0, 0): inf, (5, 3, 0, 1): inf},
+    ]
+    plan = infinite_plans(layout != "contiguous")[choice]
+    for places in values:
+        torch.manual_seed(0)
+        x, dy = torch.randn(9, 4, 2, 5) * 3 + 2, torch.randn(9, 4, 2, 5)
+        for place, value in places.items():
+            x[place] = value
+        exact = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+        torch.nn.functional.batch_norm(x.double(), *exact, training=True)
+        running = torch.zeros(4, device=device), torch.ones(4, device=device)
+        x = oracle.arrange(x, layout).to(device)
+        # Such arithmetic is as on a GPU; NumPy, under the interpreter, would warn of it.
+        with direct.poisoned(), numpy.errstate(all="ignore"):
+            found = direct.step(
+                x, dy.to(device), plan, running_mean=running[0], running_var=running[1]
+            )
+        for name, value, double in zip(("mean", "var"), running, exact, strict=True):
+            same = torch.isclose(value.double().cpu(), double, rtol=1e-4, equal_nan=True)
+            assert same.all(), f"{places}: running_{name} {value}, in float64 {double}"
+        wrong = ~x.isfinite().all(0).all(-1).all(-1)
+        for name in ("y", "dx"):
+            assert found[name][:, wrong].isnan().all(), f"{places}: {name}"
+            assert found[name][:, ~wrong].isfinite().all(), f"{places}: {name}"

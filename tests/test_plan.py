@@ -21,6 +21,7 @@ from triton_bn.plan import (
     Plan,
     Tile,
     candidates,
+    channel_blocks,
     heuristic,
     power_of_two,
     tile_channels,
@@ -108,6 +109,12 @@ def check(plan: Plan, problem: Problem, device: Device) -> None:
         assert plan.reduce == plan.transform
         assert plan.window >= 1
         assert plan.programs >= device.processors
+        # Between the two reads of a value lie the windows that its channel reaches ahead, one before them
+        # and one behind. L2 must hold all that.
+        reach = tile.columns * (channel_blocks(tile.columns, problem.inner) - 1)
+        ahead = max(-(-reach // (plan.window * tile.columns)), 1)
+        between = (ahead + 2) * plan.window * tile.columns * problem.outer * problem.itemsize
+        assert between * (1 if problem.direction == "forward" else 2) <= 0.75 * device.cache
 
 
 #: Wide values in few rows: a tile of few columns must still hold whole bytes of bits.
@@ -116,9 +123,25 @@ NARROW = Problem(
 )  # fmt: skip
 
 
+#: Channels of 6 MB and of 128 MB: larger than a streamed window, and than what L2 holds.
+STEM, LARGE = (
+    Problem("backward", outer, 64, inner, (64 * inner, inner, 1), torch.bfloat16, 8)
+    for outer, inner in ((256, 12544), (1024, 65536))
+)
+
+
+def test_a_channel_of_several_windows_may_stream_unless_l2_loses_it() -> None:
+    assert any(plan.driver == "streamed" for plan in candidates(STEM, DEVICES["H100"]))
+    assert not any(plan.driver == "streamed" for plan in candidates(LARGE, DEVICES["H100"]))
+
+
 @settings(max_examples=150)
 @given(problems(), devices)
 @example(NARROW, DEVICES["H100"])
+@example(STEM, DEVICES["H100"])
+@example(STEM, DEVICES["B200"])
+@example(LARGE, DEVICES["H100"])
+@example(replace(STEM, direction="forward"), DEVICES["A100"])
 def test_every_candidate_is_legal(problem: Problem, device: Device) -> None:
     found = candidates(problem, device)
     assert found[0] == heuristic(problem, device)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from triton_bn.kernels.backward import (
@@ -90,13 +89,18 @@ def accumulator(problem: Problem) -> torch.dtype:
     return torch.float64 if problem.dtype == torch.float64 else torch.float32
 
 
+def _accumulator_name(problem: Problem) -> str:
+    """What Triton calls the :func:`accumulator`."""
+    return "fp64" if problem.dtype == torch.float64 else "fp32"
+
+
 def _constants(problem: Problem, tile: Tile, **others: Any) -> Constants:
     act = problem.activation
     return Constants(
         R=tile.rows,
         K=tile.columns,
         U=tile.depth,
-        ACC=tl.float64 if problem.dtype == torch.float64 else tl.float32,
+        ACC=_accumulator_name(problem),
         EACH=problem.inner == 1,
         DENSE=problem.dense,
         VECTOR=problem.vector,
@@ -264,7 +268,7 @@ def _moments(
 
 @lru_cache(maxsize=4096)
 def _vectors(
-    channels: int, tile: Tile | None, splits: int, acc: Any, wide: bool = False
+    channels: int, tile: Tile | None, splits: int, acc: str, wide: bool = False
 ) -> tuple[int, dict[str, Any]]:
     """Programs and constants of a launch over vectors (C,): 8 channels a program, ``splits`` merged by each."""
     constants = Constants(
@@ -282,7 +286,7 @@ def row(problem: Problem, plan: Plan, x: Tensor, tag: int) -> Tensor:
     partials, geometry = _moments(problem, tile, x, None)
     sent = x.new_empty(2 * problem.channels + 2, dtype=torch.float64)
     programs, constants = _vectors(
-        problem.channels, tile, geometry[1] * geometry[2], tl.float64, problem.wide
+        problem.channels, tile, geometry[1] * geometry[2], "fp64", problem.wide
     )
     arguments = (partials, x, sent, problem.count, tag, problem.sizes, problem.strides, geometry)
     run(row_kernel, programs, arguments, constants)
@@ -310,7 +314,7 @@ def merge(
     moments, agree = count.new_empty((2, channels)), rows.new_empty(())
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    programs, constants = _vectors(channels, None, ranks, tl.float64)
+    programs, constants = _vectors(channels, None, ranks, "fp64")
     cumulative = momentum is None and num_batches_tracked is not None
     run(
         merge_rows_kernel,
@@ -498,7 +502,7 @@ def _merged_sums(
 ) -> Tensor:
     """This process's sums as one partial (2, 1, C); dweight and dbias are written."""
     sums = partials.new_empty((2, 1, problem.channels))
-    acc = tl.float64 if problem.dtype == torch.float64 else tl.float32
+    acc = _accumulator_name(problem)
     programs, constants = _vectors(
         problem.channels, tile, geometry[1] * geometry[2], acc, problem.wide
     )

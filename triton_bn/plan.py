@@ -167,6 +167,9 @@ THREAD, WIDENED = 64, 16
 #: Bytes of each input that a streamed window takes: a modelled L2 of 36 MB still held them at the second read.
 WINDOW = {"forward": 6 << 20, "backward": 4 << 20}
 
+#: The share of L2 that may lie between the two reads of a streamed value: 36 of 50 MB, by the same model.
+HELD = 0.72
+
 #: Tiles that a resident program loads by straight-line code; twice as many took minutes to compile.
 DEPTH = 24
 
@@ -313,7 +316,8 @@ def _streamed(problem: Problem, device: Device) -> Iterator[Plan]:
     """Streamed plans: NVIDIA, a tensor that L2 cannot hold, windows that it can.
 
     In channels_last a window is at least 64 bytes of columns times all rows, so an input of many rows,
-    such as (256, 256, 56, 56), has none.
+    such as (256, 256, 56, 56), has none. Nor has one whose channels are so large that L2 would have lost
+    a value by the time of its second read: that waits for every window of its channel.
     """
     large = problem.numel * problem.itemsize > 2 * device.cache
     if not (device.arch.startswith("sm_") and problem.training and large) or problem.cumulative:
@@ -325,10 +329,23 @@ def _streamed(problem: Problem, device: Device) -> Iterator[Plan]:
         programs = device.processors * resident
         if window == 0:
             return
+        if streamed_span(problem, tile.columns, window) > HELD * device.cache:
+            continue
         # Two items a phase and program: with fewer, most would wait for the slowest.
         splits = _dealt(problem.outer, tile.rows * tile.depth, -(-2 * programs // window))
         tile = replace(tile, splits=splits)
         yield Plan("streamed", tile, tile, window=window, programs=programs)
+
+
+def streamed_span(problem: Problem, columns: int, window: int) -> int:
+    """Bytes of input that a streamed launch reads from a value's first read to its second, at most.
+
+    The windows that a channel reaches ahead (one at least, see :mod:`triton_bn.kernels.streamed`) and
+    the one that they follow are read before, and about one more meanwhile.
+    """
+    ahead = max(-(-(channel_blocks(columns, problem.inner) - 1) // window), 1)
+    inputs = 1 if problem.direction == "forward" else 2
+    return (ahead + 2) * window * columns * problem.outer * problem.itemsize * inputs
 
 
 def _tile(problem: Problem, device: Device, scale: int, depth: int, warps: int) -> Tile:

@@ -18,6 +18,7 @@ from triton_bn.kernels.forward import column_affine, preactivation
 from triton_bn.kernels.moments import partial_shares
 from triton_bn.kernels.tile import (
     fold_sums,
+    index,
     load_chunk,
     load_columns,
     owns,
@@ -58,17 +59,17 @@ def gradient_tile(
         return dy
     elif p_bits is not None:
         bit = load_bits(p_bits, n, n_end, row, columns, T)
-        return gradient_by_bit(dy.to(T.ACC), bit, T)
+        return gradient_by_bit(dy.to(tl.dtype(T.ACC)), bit, T)
     else:
         z = preactivation(x, affine, p_residual, n, n_end, row, columns, RAGGED, "evict_last", T)
-        return gradient(dy.to(T.ACC), z, T)
+        return gradient(dy.to(tl.dtype(T.ACC)), z, T)
 
 
 @triton.jit
 def add_tile(sums, g, x, affine, T: tl.constexpr):
     """The sums of the slots [R, K], with one more tile."""
-    g = g.to(T.ACC)
-    return Sums(sums.g + g, sums.product + g * (x.to(T.ACC) - affine.mean))
+    g = g.to(tl.dtype(T.ACC))
+    return Sums(sums.g + g, sums.product + g * (x.to(tl.dtype(T.ACC)) - affine.mean))
 
 
 @triton.jit
@@ -82,9 +83,9 @@ def load_statistics(p_stats, parameters, columns, channels, T: tl.constexpr):
 @triton.jit
 def merge_sums(p_partials, channel, sizes, partial, T: tl.constexpr):
     """The sums of channels [G] from all their partials, Q at a time, in their order."""
-    total = tl.full((T.G,), 0.0, T.ACC)
-    product = tl.full((T.G,), 0.0, T.ACC)
-    last = partial[1] * partial[2]
+    total = tl.full((T.G,), 0.0, tl.dtype(T.ACC))
+    product = tl.full((T.G,), 0.0, tl.dtype(T.ACC))
+    last = index(partial[1] * partial[2], T)
     for start in range(0, last, T.Q):
         q = start + tl.arange(0, T.Q)
         mask = partial_shares(q, channel, sizes, partial, T) > 0
@@ -110,7 +111,7 @@ def store_parameters(dparameters, sums, p_stats, channel, mask, channels, T: tl.
 @triton.jit
 def project(sums, count, invstd, columns, T: tl.constexpr):
     """Per column [1, K], what dx loses: sum(g) / M, and sum(g * (x - mean)) / M * invstd**2."""
-    m = tl.cast(count, T.ACC)
+    m = tl.cast(count, tl.dtype(T.ACC))
     product = spread(sums.product / m, columns, T) * invstd * invstd
     return Sums(spread(sums.g / m, columns, T), product)
 
@@ -134,9 +135,9 @@ def store_gradients(
     if p_dresidual is not None:
         store_dense(p_dresidual, g, n, n_end, row, columns, RAGGED, T)
     if p_dx is not None:
-        dx = g.to(T.ACC)
+        dx = g.to(tl.dtype(T.ACC))
         if lost is not None:
-            dx = tl.fma(affine.mean - x.to(T.ACC), lost.product, dx - lost.g)
+            dx = tl.fma(affine.mean - x.to(tl.dtype(T.ACC)), lost.product, dx - lost.g)
         store_dense(p_dx, dx * affine.scale, n, n_end, row, columns, RAGGED, T)
 
 
@@ -151,10 +152,10 @@ def reduce_item(
     """
     DEPTH: tl.constexpr = T.U
     row = row_length(sizes[1], sizes[2], T)
-    columns = tile_columns(i_block * T.K, row, sizes[2], strides, T)
+    columns = tile_columns(index(i_block, T) * T.K, row, sizes[2], strides, T)
     _, affine = load_statistics(p_stats, parameters, columns, sizes[1], T)
     n_begin, n_ragged, n_end = row_range(i_split, partial[0], sizes[0], T)
-    zero = tl.full((T.R, T.K), 0.0, T.ACC)
+    zero = tl.full((T.R, T.K), 0.0, tl.dtype(T.ACC))
     sums = Sums(zero, zero)
     for n in range(n_begin, n_ragged, T.R * T.U):
         x = load_chunk(
@@ -176,7 +177,7 @@ def reduce_item(
     q = i_split * partial[2] + i_block - channel * sizes[2] // T.K
     o = q * sizes[1] + channel
     tl.store(p_partials + o, fold_sums(sums.g, columns, T), mask=channel < sizes[1])
-    o += partial[1] * partial[2] * sizes[1]
+    o += index(partial[1] * partial[2], T) * sizes[1]
     tl.store(p_partials + o, fold_sums(sums.product, columns, T), mask=channel < sizes[1])
 
 
@@ -214,7 +215,7 @@ def apply_item(
     """
     DEPTH: tl.constexpr = T.U
     row = row_length(sizes[1], sizes[2], T)
-    columns = tile_columns(i_block * T.K, row, sizes[2], strides, T)
+    columns = tile_columns(index(i_block, T) * T.K, row, sizes[2], strides, T)
     invstd, affine = load_statistics(p_stats, parameters, columns, sizes[1], T)
     lost = None
     if p_partials is not None:
@@ -279,7 +280,7 @@ def backward_kernel(
     DEPTH: tl.constexpr = T.U
     row = row_length(sizes[1], T.INNER, T)
     first = tl.program_id(0) * T.CHANNELS
-    begin = tl.program_id(0) * (T.CHANNELS * T.INNER)
+    begin = index(tl.program_id(0), T) * (T.CHANNELS * T.INNER)
     end = tl.minimum(begin + T.CHANNELS * T.INNER, row)
     columns = tile_columns(begin, end, T.INNER, strides, T)
     invstd, affine = load_statistics(p_stats, parameters, columns, sizes[1], T)
@@ -287,7 +288,7 @@ def backward_kernel(
         p_x, 0, sizes[0], strides[0], columns.offset, columns, T.U, T.WHOLE, "evict_first", T
     )
     dy = load_chunk(p_dy, 0, sizes[0], row, columns.k, columns, T.U, T.WHOLE, "evict_first", T)
-    zero = tl.full((T.R, T.K), 0.0, T.ACC)
+    zero = tl.full((T.R, T.K), 0.0, tl.dtype(T.ACC))
     sums = Sums(zero, zero)
     g = ()
     for u in tl.static_range(DEPTH):

@@ -9,6 +9,7 @@ from triton_bn.kernels.activation import activate, steep
 from triton_bn.kernels.moments import held_moments, merge_partials
 from triton_bn.kernels.tile import (
     double,
+    index,
     load_chunk,
     load_columns,
     load_dense,
@@ -49,11 +50,13 @@ def preactivation(
     Centred first: x * scale + (bias - mean * scale) would save an addition and lose the digits
     that x and mean share. Forward and backward call this very function, so that both see the same z.
     """
-    z = tl.fma(x.to(T.ACC) - affine.mean, affine.scale, affine.bias)
+    z = tl.fma(x.to(tl.dtype(T.ACC)) - affine.mean, affine.scale, affine.bias)
     if p_residual is None:
         return z
     else:
-        return z + load_dense(p_residual, n, n_end, row, columns, RAGGED, POLICY, T).to(T.ACC)
+        return z + load_dense(p_residual, n, n_end, row, columns, RAGGED, POLICY, T).to(
+            tl.dtype(T.ACC)
+        )
 
 
 @triton.jit
@@ -102,11 +105,11 @@ def publish(
     tl.store(p_stats + channels + channel, invstd, mask=m_owner)
     if running[0] is not None:
         if CUMULATIVE:
-            factor = 1 / tl.load(running[2]).to(T.ACC)
+            factor = 1 / tl.load(running[2]).to(tl.dtype(T.ACC))
         else:
-            factor = double(momentum, T.ACC)
-        old_mean = tl.load(running[0] + channel, mask=m_owner, other=0.0).to(T.ACC)
-        old_var = tl.load(running[1] + channel, mask=m_owner, other=0.0).to(T.ACC)
+            factor = double(momentum, tl.dtype(T.ACC))
+        old_mean = tl.load(running[0] + channel, mask=m_owner, other=0.0).to(tl.dtype(T.ACC))
+        old_var = tl.load(running[1] + channel, mask=m_owner, other=0.0).to(tl.dtype(T.ACC))
         mean = (1 - factor) * old_mean + factor * a.mean
         var = (1 - factor) * old_var + factor * (a.m2 / (a.count - 1))
         tl.store(running[0] + channel, tl.cast(mean, running[0].dtype.element_ty), mask=m_owner)
@@ -126,20 +129,20 @@ def normalize_item(
     """
     DEPTH: tl.constexpr = T.U
     row = row_length(sizes[1], sizes[2], T)
-    columns = tile_columns(i_block * T.K, row, sizes[2], strides, T)
+    columns = tile_columns(index(i_block, T) * T.K, row, sizes[2], strides, T)
     channel = touched(columns, sizes, T)
     owner = owns(channel, i_block, i_split, sizes, T)
     if p_partials is None:
         mask = channel < sizes[1]
-        mean = tl.load(running[0] + channel, mask=mask, other=0.0).to(T.ACC)
-        variance = tl.load(running[1] + channel, mask=mask, other=0.0).to(T.ACC)
-        invstd = tl.rsqrt(variance + double(eps, T.ACC))
+        mean = tl.load(running[0] + channel, mask=mask, other=0.0).to(tl.dtype(T.ACC))
+        variance = tl.load(running[1] + channel, mask=mask, other=0.0).to(tl.dtype(T.ACC))
+        invstd = tl.rsqrt(variance + double(eps, tl.dtype(T.ACC)))
         tl.store(p_stats + channel, mean, mask=owner)
         tl.store(p_stats + sizes[1] + channel, invstd, mask=owner)
     else:
         a = merge_partials(p_partials, p_x, channel, sizes, strides, partial, T)
         mean = a.mean
-        invstd = tl.rsqrt(a.m2 / tl.maximum(a.count, 1) + double(eps, T.ACC))
+        invstd = tl.rsqrt(a.m2 / tl.maximum(a.count, 1) + double(eps, tl.dtype(T.ACC)))
         publish(p_stats, running, momentum, a, invstd, channel, owner, sizes[1], CUMULATIVE, T)
     affine = column_affine(
         spread(mean, columns, T), spread(invstd, columns, T), parameters, columns, T
@@ -190,7 +193,7 @@ def forward_kernel(
     if running[2] is not None:
         if first == 0:
             tl.store(running[2], tl.load(running[2]) + 1)
-    begin = tl.program_id(0) * (T.CHANNELS * T.INNER)
+    begin = index(tl.program_id(0), T) * (T.CHANNELS * T.INNER)
     end = tl.minimum(begin + T.CHANNELS * T.INNER, row)
     columns = tile_columns(begin, end, T.INNER, strides, T)
     x = load_chunk(
@@ -199,7 +202,7 @@ def forward_kernel(
     channel = first + tl.arange(0, T.G)
     owner = (tl.arange(0, T.G) < T.CHANNELS) & (channel < sizes[1])
     a = held_moments(x, p_x, columns, channel, sizes, strides, T)
-    invstd = tl.rsqrt(a.m2 / a.count + double(eps, T.ACC))
+    invstd = tl.rsqrt(a.m2 / a.count + double(eps, tl.dtype(T.ACC)))
     publish(p_stats, running, momentum, a, invstd, channel, owner, sizes[1], False, T)
     affine = column_affine(
         spread(a.mean, columns, T), spread(invstd, columns, T), parameters, columns, T

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from triton_bn.kernels.tile import (
     fold_sums,
+    index,
     load_chunk,
     load_columns,
     members,
@@ -37,12 +38,20 @@ class Moments(NamedTuple):
 
 
 @triton.jit
+def finite(v):
+    """v, and 0 where it is infinite or NaN: such a value is nothing to be relative to."""
+    return tl.where(tl.abs(v) < float("inf"), v, 0)
+
+
+@triton.jit
 def merge(a, b):
     """Chan's rule for two sets, elementwise. Either may be empty."""
     count = a.count + b.count
     share = b.count / tl.maximum(count, 1)
     delta = b.mean - a.mean
-    return Moments(count, a.mean + delta * share, a.m2 + b.m2 + delta * a.count * (delta * share))
+    mean = a.mean + delta * share
+    mean = tl.where(mean == mean, mean, a.mean + b.mean)  # inf + (x - inf) is the mean inf
+    return Moments(count, mean, a.m2 + b.m2 + delta * a.count * (delta * share))
 
 
 @triton.jit
@@ -52,7 +61,7 @@ def merge_axis(a, axis: tl.constexpr):
     mean = tl.sum(a.count * a.mean, axis) / tl.maximum(count, 1)
     delta = a.mean - tl.expand_dims(mean, axis)
     # What the roundings of that sum took from the mean.
-    rest = tl.sum(a.count * delta, axis) / tl.maximum(count, 1)
+    rest = finite(tl.sum(a.count * delta, axis) / tl.maximum(count, 1))
     delta -= tl.expand_dims(rest, axis)
     return Moments(count, mean + rest, tl.sum(a.m2 + a.count * delta * delta, axis))
 
@@ -68,16 +77,17 @@ def less(square, share):
 def chunk_moments(tiles, base, n, n_end, RAGGED: tl.constexpr, T: tl.constexpr):
     """Moments of the slots of U tiles: count [R, 1], mean - base and M2 [R, K]. RAGGED: rows end at n_end."""
     DEPTH: tl.constexpr = T.U
-    origin = tiles[0].to(T.ACC)
-    total = tl.zeros_like(origin)
-    square = tl.zeros_like(origin)
+    first = tiles[0].to(tl.dtype(T.ACC))
+    origin = finite(first)
+    total = first - origin
+    square = total * total
     i_row = n + tl.arange(0, T.R)[:, None]
     if RAGGED:
-        count = tl.minimum(tl.maximum((n_end - i_row + T.R - 1) // T.R, 0), T.U).to(T.ACC)
+        count = tl.minimum(tl.maximum((n_end - i_row + T.R - 1) // T.R, 0), T.U).to(tl.dtype(T.ACC))
     else:
-        count = tl.full((T.R, 1), T.U, T.ACC)
+        count = tl.full((T.R, 1), T.U, tl.dtype(T.ACC))
     for u in tl.static_range(1, DEPTH):
-        d = tiles[u].to(T.ACC) - origin
+        d = tiles[u].to(tl.dtype(T.ACC)) - origin
         if RAGGED:
             d = tl.where(i_row + u * T.R < n_end, d, 0)
         total += d
@@ -92,9 +102,8 @@ def load_base(p_x, channel, strides, mask, T: tl.constexpr):
 
     Rounded to float32 as they are, the means of two parts of a channel would lose their difference.
     """
-    if T.WIDE:
-        channel = tl.cast(channel, tl.int64)
-    return tl.load(p_x + channel * strides[1], mask=mask, other=0.0).to(T.ACC)
+    o = index(channel, T) * strides[1]
+    return finite(tl.load(p_x + o, mask=mask, other=0.0).to(tl.dtype(T.ACC)))
 
 
 @triton.jit
@@ -124,24 +133,24 @@ def held_moments(tiles, p_x, columns, channel, sizes, strides, T: tl.constexpr):
     """
     DEPTH: tl.constexpr = T.U
     i_row = tl.arange(0, T.R)[:, None]
-    zero = tl.full((T.R, T.K), 0.0, T.ACC)
-    count = tl.cast(sizes[0] * T.INNER, T.ACC)
-    base = load_columns(p_x, strides[1], columns, 0.0, T)
+    zero = tl.full((T.R, T.K), 0.0, tl.dtype(T.ACC))
+    count = tl.cast(sizes[0] * T.INNER, tl.dtype(T.ACC))
+    base = finite(load_columns(p_x, strides[1], columns, 0.0, T))
     total = zero
     for u in tl.static_range(DEPTH):
-        d = tiles[u].to(T.ACC) - base
+        d = tiles[u].to(tl.dtype(T.ACC)) - base
         total += tl.where(i_row + u * T.R < sizes[0], d, 0) if u >= T.WHOLE else d
     mean = load_base(p_x, channel, strides, channel < sizes[1], T)
     mean += fold_sums(total, columns, T) / count
     center = spread(mean, columns, T)
     total, square = zero, zero
     for u in tl.static_range(DEPTH):
-        d = tiles[u].to(T.ACC) - center
+        d = tiles[u].to(tl.dtype(T.ACC)) - center
         d = tl.where(i_row + u * T.R < sizes[0], d, 0) if u >= T.WHOLE else d
         total += d
         square += d * d
-    rest = fold_sums(total, columns, T) / count
-    square = fold_sums(square, columns, T)
+    square = fold_sums(square, columns, T)  # about an infinite mean they are NaN
+    rest = finite(fold_sums(total, columns, T) / count)
     return Moments(count, mean + rest, less(square, count * rest * rest))
 
 
@@ -164,18 +173,19 @@ def partial_shares(q, channel, sizes, partial, T: tl.constexpr):
 @triton.jit
 def merge_partials(p_partials, p_x, channel, sizes, strides, partial, T: tl.constexpr):
     """The moments of channels [G] from all their partials, Q at a time."""
-    zero = tl.full((T.G,), 0.0, T.ACC)
+    zero = tl.full((T.G,), 0.0, tl.dtype(T.ACC))
     a = Moments(zero, zero, zero)
-    last = partial[1] * partial[2]
+    last = index(partial[1] * partial[2], T)
     for start in range(0, last, T.Q):
         q = start + tl.arange(0, T.Q)
         share = partial_shares(q, channel, sizes, partial, T)
         o = q[:, None] * sizes[1] + channel[None, :]
         mean = tl.load(p_partials + o, mask=share > 0, other=0.0)
         m2 = tl.load(p_partials + last * sizes[1] + o, mask=share > 0, other=0.0)
-        a = merge(a, merge_axis(Moments(share.to(T.ACC), mean, m2), 0))
+        a = merge(a, merge_axis(Moments(share.to(tl.dtype(T.ACC)), mean, m2), 0))
     base = load_base(p_x, channel, strides, channel < sizes[1], T)
-    return Moments(a.count, base + a.mean, a.m2)
+    # About an infinite mean the squares are NaN, as float64's: also where infinite ones were all there were.
+    return Moments(a.count, base + a.mean, a.m2 + (a.mean - a.mean))
 
 
 @triton.jit
@@ -185,11 +195,11 @@ def moments_item(p_x, p_partials, i_block, i_split, sizes, strides, partial, T: 
     p_partials: [2, splits * blocks, C]. The counts follow from the geometry (:func:`partial_shares`).
     """
     row = row_length(sizes[1], sizes[2], T)
-    columns = tile_columns(i_block * T.K, row, sizes[2], strides, T)
+    columns = tile_columns(index(i_block, T) * T.K, row, sizes[2], strides, T)
     n_begin, n_ragged, n_end = row_range(i_split, partial[0], sizes[0], T)
-    base = load_columns(p_x, strides[1], columns, 0.0, T)
-    zero = tl.full((T.R, T.K), 0.0, T.ACC)
-    a = Moments(tl.full((T.R, 1), 0.0, T.ACC), zero, zero)
+    base = finite(load_columns(p_x, strides[1], columns, 0.0, T))
+    zero = tl.full((T.R, T.K), 0.0, tl.dtype(T.ACC))
+    a = Moments(tl.full((T.R, 1), 0.0, tl.dtype(T.ACC)), zero, zero)
     for n in range(n_begin, n_ragged, T.R * T.U):
         x = load_chunk(
             p_x, n, n_end, strides[0], columns.offset, columns, T.U, T.U, "evict_last", T
@@ -206,7 +216,8 @@ def moments_item(p_x, p_partials, i_block, i_split, sizes, strides, partial, T: 
     q = i_split * partial[2] + i_block - channel * sizes[2] // T.K
     o = q * sizes[1] + channel
     tl.store(p_partials + o, a.mean, mask=a.count > 0)
-    tl.store(p_partials + partial[1] * partial[2] * sizes[1] + o, a.m2, mask=a.count > 0)
+    o += index(partial[1] * partial[2], T) * sizes[1]
+    tl.store(p_partials + o, a.m2, mask=a.count > 0)
 
 
 @triton.jit

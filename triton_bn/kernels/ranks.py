@@ -11,14 +11,13 @@ import triton.language as tl
 from triton_bn.kernels.backward import merge_sums, store_parameters
 from triton_bn.kernels.forward import publish
 from triton_bn.kernels.moments import Moments, merge, merge_axis, merge_partials
+from triton_bn.kernels.tile import index
 
 
 @triton.jit
 def row_kernel(p_partials, p_x, p_row, count, tag, sizes, strides, partial, T: tl.constexpr):
     """The row of this process, from :func:`triton_bn.kernels.moments.moments_kernel`'s partials."""
-    channel = tl.program_id(0) * T.G + tl.arange(0, T.G)
-    if T.WIDE:
-        channel = channel.to(tl.int64)
+    channel = index(tl.program_id(0) * T.G + tl.arange(0, T.G), T)
     mask = channel < sizes[1]
     a = merge_partials(p_partials, p_x, channel, sizes, strides, partial, T)
     tl.store(p_row + channel, a.mean, mask=mask)
@@ -41,7 +40,7 @@ def merge_rows_kernel(
     channel = tl.program_id(0) * T.G + tl.arange(0, T.G)
     mask = channel < channels
     row = 2 * channels + 2
-    zero = tl.full((T.G,), 0.0, T.ACC)
+    zero = tl.full((T.G,), 0.0, tl.dtype(T.ACC))
     a = Moments(zero, zero, zero)
     tag = tl.load(p_rows + row - 1)
     differ = 0
@@ -71,9 +70,7 @@ def sums_kernel(p_partials, p_sums, p_stats, dparameters, sizes, partial, T: tl.
 
     p_partials: those of :func:`triton_bn.kernels.backward.backward_reduce_kernel`.
     """
-    channel = tl.program_id(0) * T.G + tl.arange(0, T.G)
-    if T.WIDE:
-        channel = channel.to(tl.int64)
+    channel = index(tl.program_id(0) * T.G + tl.arange(0, T.G), T)
     mask = channel < sizes[1]
     sums = merge_sums(p_partials, channel, sizes, partial, T)
     tl.store(p_sums + channel, sums.g, mask=mask)

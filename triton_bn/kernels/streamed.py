@@ -1,13 +1,14 @@
 """One persistent launch for tensors far beyond L2: what the moments read, the transform finds in L2.
 
 The columns are cut into windows of blocks. An item is one block and one range of rows of a window, in its
-first phase (moments, or sums) or its second (transform, or gradients). Programs draw tickets in order::
+first phase (moments, or sums) or its second (transform, or gradients). Programs draw tickets in order; where
+no channel reaches further than into the next window::
 
     first 0, first 1, second 0, first 2, second 1, first 3, second 2, ...
 
-A second-phase item waits for the first-phase items of its own window and of its neighbours (with which it may
-share a channel). Those have lower tickets, and first-phase items never wait: so every wait ends, however few
-programs run at a time, one after another included.
+and where one reaches ``ahead`` windows further, second 0 follows first ``ahead``. A second-phase item waits
+for the first-phase items of every window that its channels touch. Those have lower tickets, and first-phase
+items never wait: so every wait ends, however few programs run at a time, one after another included.
 """
 
 import triton
@@ -16,7 +17,7 @@ import triton.language as tl
 from triton_bn.kernels.backward import apply_item, reduce_item
 from triton_bn.kernels.forward import normalize_item
 from triton_bn.kernels.moments import moments_item
-from triton_bn.kernels.tile import row_length
+from triton_bn.kernels.tile import index, row_length
 
 
 @triton.jit
@@ -26,20 +27,24 @@ def draw(p_counters):
 
 
 @triton.jit
-def tickets(sizes, splits, window, T: tl.constexpr):
-    """(blocks, windows, items a phase of a window, all tickets)."""
+def tickets(sizes, window, partial, T: tl.constexpr):
+    """(blocks, items a phase of a window, windows that a channel reaches ahead or 1, all tickets).
+
+    ``partial`` is (rows a split, splits, blocks a channel).
+    """
     n_blocks = tl.cdiv(row_length(sizes[1], sizes[2], T), T.K)
-    n_windows = tl.cdiv(n_blocks, window)
-    items = window * splits
-    return n_blocks, n_windows, items, (2 * n_windows + 1) * items
+    items = window * partial[1]
+    ahead = tl.maximum(tl.cdiv(partial[2] - 1, window), 1)
+    return n_blocks, items, ahead, (2 * tl.cdiv(n_blocks, window) + ahead) * items
 
 
 @triton.jit
-def decode(ticket, items, window):
+def decode(ticket, items, ahead, window):
     """(whether it is of the second phase, window, block, split) of a ticket."""
     phase = ticket // items
-    second = (phase % 2 == 0) & (phase > 0)
-    i_window = tl.where(second, phase // 2 - 1, (phase + 1) // 2)
+    turn = phase - ahead  # 1, 3, 5, ...: of the second phase
+    second = (turn > 0) & (turn % 2 == 1)
+    i_window = tl.where(second, turn // 2, tl.where(turn > 0, ahead + turn // 2, phase))
     item = ticket % items
     return second, i_window, i_window * window + item % window, item // window
 
@@ -52,9 +57,13 @@ def publish_item(p_counters, i_window):
 
 
 @triton.jit
-def await_windows(p_counters, i_window, n_windows, n_blocks, splits, window):
-    """Until the first phase of a window and of its neighbours is over."""
-    for w in range(tl.maximum(i_window - 1, 0), tl.minimum(i_window + 2, n_windows)):
+def await_windows(p_counters, i_block, n_blocks, sizes, splits, window, T: tl.constexpr):
+    """Until the first phase is over of every window that a block's channels touch."""
+    begin = index(i_block, T) * T.K
+    end = tl.minimum(begin + T.K, row_length(sizes[1], sizes[2], T))
+    first = begin // sizes[2] * sizes[2] // T.K
+    last = (tl.cdiv(end, sizes[2]) * sizes[2] - 1) // T.K
+    for w in range(first // window, last // window + 1):
         items = tl.minimum(window, n_blocks - w * window) * splits
         # In the condition, so that no compiler takes the load out of the loop.
         while tl.atomic_add(p_counters + 1 + w, 0, sem="acquire") < items:
@@ -71,16 +80,16 @@ def forward_streamed_kernel(
 
     p_counters: int32 zeros [1 + windows]: the next ticket, and how many first-phase items of each window are done.
     """
-    n_blocks, n_windows, items, last = tickets(sizes, partial[1], window, T)
+    n_blocks, items, ahead, last = tickets(sizes, window, partial, T)
     if running[2] is not None:
         if tl.program_id(0) == 0:
             tl.store(running[2], tl.load(running[2]) + 1)
     ticket = draw(p_counters)
     while ticket < last:
-        second, i_window, i_block, i_split = decode(ticket, items, window)
+        second, i_window, i_block, i_split = decode(ticket, items, ahead, window)
         if i_block < n_blocks:
             if second:
-                await_windows(p_counters, i_window, n_windows, n_blocks, partial[1], window)
+                await_windows(p_counters, i_block, n_blocks, sizes, partial[1], window, T)
                 normalize_item(
                     p_x, p_y, p_residual, p_bits, parameters, p_stats, p_partials, running, momentum, eps,
                     i_block, i_split, sizes, strides, partial[0], partial, False, T,
@@ -97,13 +106,13 @@ def backward_streamed_kernel(
     p_counters, sizes, strides, window, partial, TRAINING: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """All gradients in one launch: :func:`reduce_item` and :func:`apply_item` by tickets."""
-    n_blocks, n_windows, items, last = tickets(sizes, partial[1], window, T)
+    n_blocks, items, ahead, last = tickets(sizes, window, partial, T)
     ticket = draw(p_counters)
     while ticket < last:
-        second, i_window, i_block, i_split = decode(ticket, items, window)
+        second, i_window, i_block, i_split = decode(ticket, items, ahead, window)
         if i_block < n_blocks:
             if second:
-                await_windows(p_counters, i_window, n_windows, n_blocks, partial[1], window)
+                await_windows(p_counters, i_block, n_blocks, sizes, partial[1], window, T)
                 apply_item(
                     p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_partials, p_dx, p_dresidual,
                     dparameters, count, i_block, i_split, sizes, strides, partial[0], partial, TRAINING, T,

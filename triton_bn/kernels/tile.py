@@ -13,7 +13,7 @@ class Constants(NamedTuple):
     K: int  #: columns of a tile
     U: int  #: tiles in flight
     G: int  #: channels that a tile's columns may touch
-    ACC: Any  #: dtype of sums and statistics
+    ACC: str  #: dtype of sums and statistics by its name: Triton's hooks write all this as JSON
     EACH: bool  #: every column is a channel of its own (S = 1)
     DENSE: bool  #: the input is dense like everything else
     VECTOR: int  #: divides the lengths of rows and the distances between them
@@ -49,17 +49,24 @@ def double(pair, ACC: tl.constexpr):
 
 
 @triton.jit
+def index(i, T: tl.constexpr):
+    """A position or a size that is about to be multiplied: in int64 where offsets are."""
+    if T.WIDE:
+        return tl.cast(i, tl.int64)
+    else:
+        return i
+
+
+@triton.jit
 def row_length(channels, inner, T: tl.constexpr):
     """Values a dense row: C * S. It is a multiple of VECTOR, and this way the compiler knows: else a mask
     that ends with the row would split every 16-byte access."""
-    return channels * inner // T.VECTOR * T.VECTOR
+    return index(channels, T) * inner // T.VECTOR * T.VECTOR
 
 
 @triton.jit
 def tile_columns(begin, end, inner, strides, T: tl.constexpr):
     """Columns begin + [0, K) of rows that end at ``end``."""
-    if T.WIDE:
-        begin = tl.cast(begin, tl.int64)
     k = begin + tl.arange(0, T.K)
     first = begin // inner
     edge = (first + 1) * inner
@@ -80,9 +87,7 @@ def tile_columns(begin, end, inner, strides, T: tl.constexpr):
 @triton.jit
 def tile_offsets(n, stride, o_column, VECTOR: tl.constexpr, T: tl.constexpr):
     """[R, K] offsets of rows n + [0, R), ``stride`` apart; VECTOR divides the stride."""
-    i_row = n + tl.arange(0, T.R)
-    if T.WIDE:
-        i_row = i_row.to(tl.int64)
+    i_row = index(n + tl.arange(0, T.R), T)
     return tl.multiple_of(i_row * stride, VECTOR)[:, None] + o_column[None, :]
 
 
@@ -143,7 +148,7 @@ def load_chunk(
 @triton.jit
 def row_range(i_split, rows, n, T: tl.constexpr):
     """The rows of a split: its first, where whole chunks of U tiles end, and its end."""
-    begin = i_split * rows
+    begin = index(i_split, T) * rows
     end = tl.minimum(begin + rows, n)
     return begin, begin + tl.maximum(end - begin, 0) // (T.R * T.U) * (T.R * T.U), end
 
@@ -176,7 +181,7 @@ def fold_sums(v, columns, T: tl.constexpr):
     if T.EACH:
         return tl.where(columns.mask, tl.sum(v, 0), 0)
     elif T.G <= 2:  # at once: by rows and then by columns takes four times the barriers
-        sums = tl.full((T.G,), 0.0, T.ACC)
+        sums = tl.full((T.G,), 0.0, tl.dtype(T.ACC))
         for g in tl.static_range(GROUP):
             member = (columns.channel == columns.first + g) & columns.mask
             sums = tl.where(tl.arange(0, T.G) == g, tl.sum(tl.where(member, v, 0)), sums)
@@ -203,7 +208,7 @@ def spread(v, columns, T: tl.constexpr):
 def load_columns(p, stride, columns, default, T: tl.constexpr):
     """What each column's channel has at p + channel * stride, [1, K] or [1, 1]; without p the default."""
     if p is None:
-        return tl.full((1, 1), default, T.ACC)
+        return tl.full((1, 1), default, tl.dtype(T.ACC))
     else:
         if T.G == 1:
             v = tl.load(p + columns.channel * stride)
@@ -213,4 +218,4 @@ def load_columns(p, stride, columns, default, T: tl.constexpr):
             v = tl.where(columns.channel == columns.first, first, second)
         else:
             v = tl.load(p + columns.channel * stride, mask=columns.mask, other=0.0)
-        return v.to(T.ACC)[None, :]
+        return v.to(tl.dtype(T.ACC))[None, :]

@@ -256,8 +256,17 @@ def test_a_case_that_does_not_compile_is_named() -> None:
 
 
 def test_inspect_prints_rows_whatever_triton_interpret_says() -> None:
-    command = [sys.executable, "-m", "triton_bn", "inspect", "32,64,14,14", "--json"]
-    options = ["--plans", "heuristic", "--direction", "forward", "--target", "sm_90", "sm_80"]
+    command = [sys.executable, "-m", "triton_bn", "inspect", "32x64x14x14", "--json"]
+    options = [
+        "--plans",
+        "heuristic",
+        "--direction",
+        "forward",
+        "--device",
+        "H200",
+        "--device",
+        "sm_80",
+    ]
     done = subprocess.run(
         [*command, *options, "--no-instructions"],
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "triton_bn"
 
 FLOORS = {
     0: ["problem", "sync", "version", "tuning.cache", "conversion.rewrite", "inspection.binary"],
-    1: ["kernels", "reference", "oracle", "plan", "conversion.fuse", "commands.arguments"],
-    2: ["launch", "tuning.memory", "tuning.results"],
+    1: ["kernels", "reference", "oracle", "plan", "conversion.fuse"],
+    2: ["launch", "commands.arguments", "tuning.memory", "tuning.results"],
     3: ["tuning.search", "inspection.report", "route"],
     4: ["tuning.resolve", "tuning.tune"],
     5: ["verbs"],

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from triton_bn.__main__ import main
 from triton_bn.commands import tune as tune_command
 from triton_bn.plan import DEVICES, Device, candidates
 from triton_bn.problem import Activation, Problem, describe
@@ -19,9 +20,7 @@ GPU = DEVICES["H200"]
 
 
 def run(*arguments: str) -> int:
-    parser = argparse.ArgumentParser()
-    tune_command.add_arguments(parser)
-    return tune_command.run(parser.parse_args(arguments))
+    return main(["tune", *arguments])
 
 
 def batch_norm(
@@ -59,12 +58,12 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
     return problems  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--shape", "8,16"], ["--export", "file.json"]])
+@pytest.mark.parametrize("arguments", [[], ["8,16"], ["--export", "file.json"]])
 def test_without_a_gpu_it_says_what_it_needs_and_what_can_be_seen(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run(*arguments) == 1
+    assert run(*arguments) == 2
     message = capsys.readouterr().err
     assert "must see a GPU" in message
     assert "python -m triton_bn inspect" in message
@@ -73,7 +72,7 @@ def test_without_a_gpu_it_says_what_it_needs_and_what_can_be_seen(
 def test_shapes_are_tuned_as_they_are_called(
     searched: list[Problem], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shapes = ["--shape", "2,16,3,5", "--shape", "2,8,3,5"]
+    shapes = ["2,16,3,5", "2x8x3x5"]
     options = ["--dtype", "float16", "--channels-last", "--activation", "silu", "--residual"]
     assert run(*shapes, *options) == 0
     first, second = searched
@@ -112,12 +111,15 @@ def test_a_models_shapes_are_those_of_its_architecture(name: str) -> None:
 
 
 def test_every_candidate_is_printed_and_written_when_asked(
-    searched: list[Problem], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    searched: list[Problem], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("--shape", "64,32,7,7", "--table", "--rows", str(tmp_path / "rows.json")) == 0
+    assert run("64,32,7,7", "--json") == 0
     (problem,) = searched
-    rows = json.loads((tmp_path / "rows.json").read_text())
+    captured = capsys.readouterr()
+    rows = json.loads(captured.out)
     assert len(rows) == len(candidates(problem, GPU)) > 1
+    assert "kept in" in captured.err
+    assert run("64,32,7,7", "--table", "--again") == 0
     output = capsys.readouterr().out
     assert output.count("split:") + output.count("resident:") == len(rows)
 
@@ -129,9 +131,9 @@ def test_tables_go_out_and_come_in_without_timing(
     tmp_path: Path,
 ) -> None:
     table = str(tmp_path / "table.json")
-    assert run("--export", table) == 1
+    assert run("--export", table) == 2
     assert "nothing was tuned yet" in capsys.readouterr().err
-    assert run("--shape", "64,32,7,7", "--export", table) == 0
+    assert run("64,32,7,7", "--export", table) == 0
     assert "1 plans exported" in capsys.readouterr().out
     (problem,) = searched
     monkeypatch.setenv("TRITON_BN_CACHE_DIR", str(tmp_path / "elsewhere"))
@@ -144,7 +146,10 @@ def test_tables_go_out_and_come_in_without_timing(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shape", "8,16", "--channels-last"], "4 or 5 sizes"),
+        (["8,16", "--channels-last"], "4 or 5 sizes"),
+        (["--model", "resnet18", "--activation", "relu"], "without a shape"),
+        (["8,16", "--batch", "4"], "without --model"),
+        (["--export", "file.json", "--table"], "without something to tune"),
         (["--import", "no/such/file.json"], "no/such/file.json"),
     ],
 )
@@ -154,11 +159,13 @@ def test_a_failure_is_a_line_not_a_traceback(
     arguments: list[str],
     message: str,
 ) -> None:
-    assert run(*arguments) == 1
+    assert run(*arguments) == 2
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--shape", "8"], ["--batch", "0"], ["--model", "vgg"]])
+@pytest.mark.parametrize(
+    "arguments", [["8"], ["--batch", "0"], ["--model", "vgg"], ["--budget", "-1"]]
+)
 def test_nonsense_is_a_usage_error(arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         run(*arguments)
@@ -178,7 +185,7 @@ def test_ctrl_c_prints_what_was_found(
         return [1.0] * n
 
     monkeypatch.setattr(search, "time_cold", timer)
-    assert run("--shape", "64,32,7,7") == 130
+    assert run("64,32,7,7") == 130
     captured = capsys.readouterr()
     assert "(incomplete)" in captured.out
     assert "interrupted" in captured.err

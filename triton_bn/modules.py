@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from triton_bn.functional import _batch_norm
-from triton_bn.plan import Device
-from triton_bn.problem import Activation
+from triton_bn.plan import Device, Plans
+from triton_bn.problem import Activation, check, require_tensor
 from triton_bn.sync import Ranks, group_of
 from triton_bn.tuning.results import Report
 from triton_bn.tuning.tune import tune
-from triton_bn.verbs import Plans, plans
+from triton_bn.verbs import plans
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"]
 
@@ -75,14 +75,28 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         )
 
     def plan(
-        self, input: Tensor, residual: Tensor | None = None, *, device: Device | None = None
+        self, input: Tensor, residual: Tensor | None = None, *, device: Device | str | None = None
     ) -> Plans:
-        """The launch plans that this input's forward and backward would run by, and where each came from.
+        """The launch plans that this input's forward and backward would run by, and why.
 
-        Only the input's shape, strides and dtype count: it may be on the meta device. ``device`` asks for a
-        GPU that is not here (:data:`triton_bn.plan.DEVICES`).
+        Args:
+            input: (N, C, *). Only its shape, strides and dtype count: it may be on the meta device.
+            residual: whether there is one counts, nothing else of it.
+            device: a GPU that need not be here: its name (``"H100"``), its architecture (``"sm_90"``) or a
+                :class:`triton_bn.plan.Device`. By default where the input is; a CPU tensor's plan is that
+                of Triton's interpreter.
+
+        Raises:
+            ValueError, RuntimeError, TypeError: what a call with this input raises; an unknown ``device``.
         """
+        require_tensor("input", input)
         self._check_input_dim(input)
+        mean, var, weight, bias = (
+            None if tensor is None else tensor.to("meta")
+            for tensor in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
+        training = self._uses_batch_statistics() or self.running_mean is None
+        check(input.to("meta"), mean, var, weight, bias, training, self.eps)
         return plans(
             input,
             training=self._uses_batch_statistics(),
@@ -91,7 +105,7 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             cumulative=self.training
             and self.momentum is None
             and self.num_batches_tracked is not None,
-            device=device,
+            device=Device.named(device) if isinstance(device, str) else device,
         )
 
     def _uses_batch_statistics(self) -> bool:

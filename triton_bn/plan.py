@@ -27,6 +27,7 @@ __all__ = [
     "DEVICES",
     "Device",
     "Plan",
+    "Plans",
     "Tile",
     "candidates",
     "channel_blocks",
@@ -67,6 +68,30 @@ class Device:
         arch = f"sm_{facts.major}{facts.minor}"
         return Device(facts.name, arch, facts.multi_processor_count, facts.L2_cache_size)
 
+    @staticmethod
+    def named(name: str) -> Device:
+        """One of :data:`DEVICES` by its name (``"H100"``), or the first of an architecture (``"sm_90"``).
+
+        Raises:
+            ValueError: for a name that is none of them.
+        """
+        for known, device in DEVICES.items():
+            if name.lower() in (known.lower(), device.arch):
+                return device
+        architectures = dict.fromkeys(device.arch for device in DEVICES.values())
+        raise ValueError(
+            f"expected one of {', '.join(DEVICES)}, or an architecture of "
+            f"{', '.join(architectures)}, but got {name!r}"
+        )
+
+    def __str__(self) -> str:
+        if self.arch == "interpreter":
+            return "Triton's interpreter"
+        return (
+            f"{self.name} ({self.arch}), {self.processors} processors, "
+            f"{self.cache / 2**20:g} MiB of L2"
+        )
+
 
 #: GPUs that plans and compile reports can be asked for without having one (vendors' data sheets). The
 #: interpreter runs one program after another: as few as a small GPU would need.
@@ -106,7 +131,8 @@ class Plan:
     ``channels`` the whole channels of a resident program, whose tile covers all rows by its depth;
     a streamed plan has one tile for both phases (``reduce`` as well, for what needs one phase only),
     ``window`` blocks of columns and that many ``programs``.
-    ``source`` says where the plan came from and does not take part in comparisons.
+    ``source`` says where the plan came from, ``reason`` by which threshold the heuristic chose it; neither
+    takes part in comparisons.
     """
 
     driver: Literal["resident", "split", "streamed"]
@@ -116,14 +142,20 @@ class Plan:
     window: int = 0
     programs: int = 0
     source: str = field(default="heuristic", compare=False)
+    reason: str = field(default="", compare=False)
 
     __hash__ = hash_once
     __getstate__ = without_hash
 
+    @property
+    def why(self) -> str:
+        """Why this plan runs: what it was the fastest of, or the heuristic's threshold."""
+        return SOURCES.get(self.source, self.reason)
+
     def as_dict(self) -> dict[str, Any]:
-        """The plan as JSON-ready data, without its source."""
+        """The plan as JSON-ready data, without its source and reason."""
         data = asdict(self)
-        del data["source"]
+        del data["source"], data["reason"]
         return data
 
     @classmethod
@@ -155,6 +187,49 @@ class Plan:
         else:
             body = f"reduce {text(self.reduce)}; transform {text(self.transform)}"
         return f"{self.driver}: {body} ({self.source})"
+
+
+#: Why a plan runs that the heuristic did not choose, by its source.
+SOURCES = {
+    "disk": "the fastest of an earlier search on this GPU",
+    "tuned now": "the fastest of a search by this process",
+    "shipped": "the fastest of a search on such a GPU, in the table that comes with the package",
+}
+
+
+@dataclass(frozen=True)
+class Plans:
+    """What a layer's call launches, forward and backward: ``print`` it, or take it as rows.
+
+    ``problems`` are the call as the kernels see it, forward and backward: sizes are those of the block
+    ``[outer, channels, inner]`` (:mod:`triton_bn.problem`).
+    """
+
+    device: Device
+    problems: tuple[Problem, Problem]
+    forward: Plan
+    backward: Plan
+
+    def as_rows(self) -> list[dict[str, Any]]:
+        """Two JSON-ready rows: device, problem, plan, where it came from, and why."""
+        return [
+            {
+                "device": self.device.name,
+                "arch": self.device.arch,
+                "direction": problem.direction,
+                "problem": str(problem),
+                "plan": plan.as_dict(),
+                "source": plan.source,
+                "why": plan.why,
+            }
+            for problem, plan in zip(self.problems, (self.forward, self.backward), strict=True)
+        ]
+
+    def __str__(self) -> str:
+        lines = [str(self.device)]
+        for problem, plan in zip(self.problems, (self.forward, self.backward), strict=True):
+            lines += [str(problem), f"  {plan}"] + ([f"  why: {plan.why}"] if plan.why else [])
+        return "\n".join(lines)
 
 
 #: Values that a resident program holds without spilling, by direction: compiled for sm_80, sm_90,
@@ -214,20 +289,33 @@ def aligned_channels(problem: Problem) -> int:
 
 
 def heuristic(problem: Problem, device: Device) -> Plan:
-    """The plan for a problem that nobody has timed."""
+    """The plan for a problem that nobody has timed; its ``reason`` names the threshold that decided."""
+    resident, reason = None, "statistics are given: a launch has nothing to wait for"
     if problem.training:
-        for plan in _resident(problem, device):
-            programs = -(-problem.channels // plan.channels)
-            enough = problem.numel * problem.itemsize < device.processors * SHARE
-            if enough or programs >= 0.9 * device.processors:
-                return plan
-            break
+        resident = next(_resident(problem, device), None)
+        reason = (
+            f"whole channels of {problem.count:,} values, {aligned_channels(problem)} together, do not fit "
+            f"into a resident program, which holds {_holds(problem)[0]:,} values at most"
+        )
+        if problem.cumulative:
+            reason = "momentum=None: every program would need the counter that one of them advances"
+    if resident is not None:
+        size, share = problem.numel * problem.itemsize, device.processors * SHARE
+        programs = -(-problem.channels // resident.channels)
+        if size < share:
+            reason = (
+                f"{size:,} bytes are below {SHARE:,} a processor, where idle ones do not matter"
+            )
+            return replace(resident, reason=reason)
+        keep = f"{programs:,} resident programs keep "
+        if programs >= 0.9 * device.processors:
+            return replace(resident, reason=f"{keep}90% of {device.processors} processors busy")
+        reason = f"{keep}less than 90% of {device.processors} processors busy"
     # channels_last has few programs (below): they need more warps to keep as many bytes in flight. Where
     # there are fewer rows than tiles in flight, longer tiles make fewer partials.
     depth = _depth(problem)
-    return _split(
-        problem, device, 1, depth, 8 if problem.inner == 1 or problem.outer < depth else 4
-    )
+    warps = 8 if problem.inner == 1 or problem.outer < depth else 4
+    return replace(_split(problem, device, 1, depth, warps), reason=reason)
 
 
 def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
@@ -254,14 +342,20 @@ def _curved(problem: Problem) -> bool:
     return problem.direction == "backward" and act is not None and not act.two_slopes
 
 
+def _holds(problem: Problem) -> tuple[int, int]:
+    """Values that a resident program holds without spilling, and one of its threads."""
+    limit, thread = RESIDENT[problem.direction], THREAD
+    if problem.dtype == torch.float64 or _curved(problem):
+        return limit // 2, thread // 2
+    return limit, thread
+
+
 def _resident(problem: Problem, device: Device) -> Iterator[Plan]:
     """Resident plans, the preferred first: the fewest channels that fill 16-byte accesses and 64-byte rows."""
     if problem.cumulative:
         # Every program would need the counter that one of them advances: split has a launch between.
         return
-    limit, thread = RESIDENT[problem.direction], THREAD
-    if problem.dtype == torch.float64 or _curved(problem):
-        limit, thread = limit // 2, thread // 2
+    limit, thread = _holds(problem)
     group = aligned_channels(problem)
     while group * problem.inner * problem.itemsize < 64 and group < problem.channels:
         group *= 2

@@ -29,7 +29,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "Activation", "Problem", "aligned_like", "canonical", "check", "describe"]
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "Problem",
+    "aligned_like",
+    "canonical",
+    "check",
+    "describe",
+    "require_tensor",
+]
 
 #: Every activation by name, with its parameter's default where it takes one.
 ACTIVATIONS: dict[str, float | None] = {
@@ -310,6 +319,18 @@ def aligned_like(tensor: Tensor, dense: Tensor) -> Tensor:
     if same and tensor.data_ptr() % 16 == 0:
         return tensor
     return torch.empty_like(dense, dtype=tensor.dtype).copy_(tensor)
+
+
+def require_tensor(name: str, value: Any) -> None:
+    """Refuses what is no tensor, in PyTorch's words.
+
+    Raises:
+        TypeError: with the argument's name and what came.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"batch_norm(): argument '{name}' must be Tensor, not {type(value).__name__}"
+        )
 
 
 def check(

@@ -6,13 +6,12 @@ Eager calls, the autograd function and the registered operators all end here.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from triton_bn import launch, reference, route
-from triton_bn.plan import Device, Plan
+from triton_bn.plan import Device, Plan, Plans
 from triton_bn.problem import FLOATING, Activation, Problem, canonical, describe
 from triton_bn.sync import DISAGREE, Ranks
 from triton_bn.tuning.resolve import resolve
@@ -20,7 +19,6 @@ from triton_bn.tuning.resolve import resolve
 __all__ = [
     "Gradients",
     "Outputs",
-    "Plans",
     "absent",
     "backward",
     "fake_outputs",
@@ -226,16 +224,6 @@ def backward(
     return dx if needs_x else None, dweight, dbias, dresidual if needs_residual else None
 
 
-class Plans(NamedTuple):
-    """What a layer's call would launch, forward and backward."""
-
-    forward: Plan
-    backward: Plan
-
-    def __str__(self) -> str:
-        return f"forward   {self.forward}\nbackward  {self.backward}"
-
-
 def plans(
     x: Tensor,
     *,
@@ -260,7 +248,7 @@ def plans(
         problem, direction="backward", residual=residual and not bits, cumulative=False
     )
     device = device or Device.current(x.device)
-    return Plans(resolve(problem, device), resolve(behind, device))
+    return Plans(device, (problem, behind), resolve(problem, device), resolve(behind, device))
 
 
 def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

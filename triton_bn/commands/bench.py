@@ -1,4 +1,4 @@
-"""``python -m triton_bn bench``: times the kernels beside torch, by the repository's benchmark."""
+"""``triton-bn bench``: times the kernels beside torch, by the repository's benchmark."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from importlib.util import find_spec
 
 import torch
 
+from triton_bn.commands.arguments import CannotRun
+
 __all__ = ["add_arguments", "run"]
 
 
@@ -18,15 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
-        print(
+        raise CannotRun(
             "bench times kernels, so it needs a GPU that PyTorch sees, and there is none here.\n"
-            "Without one, `python -m triton_bn inspect` shows what the compiler makes of the\n"
-            "kernels, `python -m triton_bn check` their errors, and perf/results in the\n"
-            "repository what was measured on GPUs.",
-            file=sys.stderr,
+            "Without one, `triton-bn inspect` shows what the compiler makes of the kernels,\n"
+            "`triton-bn check` their errors, and perf/results in the repository what was\n"
+            "measured on GPUs."
         )
-        return 2
     if find_spec("perf") is None:
-        print("the benchmark is the folder perf of the repository: run this there", file=sys.stderr)
-        return 2
+        raise CannotRun("the benchmark is the folder perf of the repository: run this there")
     return subprocess.call([sys.executable, "-m", "perf"])

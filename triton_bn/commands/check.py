@@ -1,4 +1,4 @@
-"""``python -m triton_bn check``: errors of ours and of torch.nn's batch norm against float64.
+"""``triton-bn check``: errors of ours and of torch.nn's batch norm against float64.
 
 One training step for each shape, layout and dtype; the parameters are float32, or float64 beside
 float64 inputs. Ours may lose what :mod:`triton_bn.oracle` says that floats lose, and no more.
@@ -12,12 +12,20 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from triton_bn.commands.arguments import CHANNELS_LAST, DTYPES, shape
+from triton_bn.commands.arguments import (
+    CHANNELS_LAST,
+    DTYPES,
+    CannotRun,
+    add_json,
+    add_shapes,
+    example,
+    print_json,
+)
 from triton_bn.launch import interpreting
 from triton_bn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from triton_bn.oracle import Bounded, batch_norm, observe
@@ -54,23 +62,17 @@ LAYERS: dict[int, tuple[type[nn.modules.batchnorm._BatchNorm], ...]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--shape",
-        type=shape,
-        action="append",
-        metavar="N,C,...",
-        help="instead of the usual ones; repeatable",
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, action="append", help="instead of all; repeatable"
-    )
-    parser.add_argument(
+    add_shapes(parser, "default: a list of usual and of odd ones")
+    add = parser.add_argument
+    add("--dtype", choices=DTYPES, action="append", help="instead of all; repeatable")
+    add(
         "--offset",
         type=float,
         default=1.0,
         metavar="SIGMAS",
         help="mean of each channel, in its standard deviations (default: %(default)s)",
     )
+    add_json(parser)
 
 
 class Error(NamedTuple):
@@ -84,29 +86,40 @@ class Error(NamedTuple):
 def run(args: argparse.Namespace) -> int:
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    shapes = args.shape or (SMALL + LARGE if gpu else SMALL)
+    shapes = args.shapes or (SMALL + LARGE if gpu else SMALL)
     for sizes in shapes:
         if math.prod(sizes) == sizes[1]:
-            print(
-                f"--shape: more than 1 value per channel is needed, but got {sizes}",
-                file=sys.stderr,
-            )
-            return 2
-    print(f"{_where(device)} against float64; in each cell the largest error: ours torch's\n")
-    print(" " * 11 + "".join(f"{header:^12}" for header in HEADERS.values()).rstrip())
-    checks = wrong = 0
+            raise CannotRun(f"more than 1 value per channel is needed, but got {sizes}")
+    say = _nothing if args.json else print
+    say(f"{_where(device)} against float64; in each cell the largest error: ours torch's\n")
+    say(" " * 11 + "".join(f"{header:^12}" for header in HEADERS.values()).rstrip())
+    rows: list[dict[str, Any]] = []
     for sizes in shapes:
         for layout in ("contiguous", "channels_last"):
             if layout == "channels_last" and len(sizes) not in CHANNELS_LAST:
                 continue
-            print(f"{sizes} {layout}")
+            say(f"{sizes} {layout}")
             for name in args.dtype or DTYPES:
-                errors = errors_of(sizes, layout, DTYPES[name], args.offset, device)
-                print(f"  {name:8}" + "".join(_cells(errors)), flush=True)
-                checks += len(errors)
-                wrong += sum(not error.ratio <= 1 for error in errors.values())
-    print(f"\n{checks - wrong} results within what their dtype may lose, {wrong} beyond it")
+                example(sizes, name, layout == "channels_last")
+                try:
+                    errors = errors_of(sizes, layout, DTYPES[name], args.offset, device)
+                except (torch.OutOfMemoryError, MemoryError) as error:
+                    raise CannotRun(f"not enough memory for {sizes} of {name}: {error}") from error
+                say(f"  {name:8}" + "".join(_cells(errors)), flush=True)
+                case = {"shape": sizes, "layout": layout, "dtype": name}
+                rows += [
+                    {**case, "result": what, **error._asdict(), "right": error.ratio <= 1}
+                    for what, error in errors.items()
+                ]
+    wrong = sum(not row["right"] for row in rows)
+    say(f"\n{len(rows) - wrong} results within what their dtype may lose, {wrong} beyond it")
+    if args.json:
+        print_json(rows)
     return 1 if wrong else 0
+
+
+def _nothing(*text: str, flush: bool = False) -> None:
+    pass
 
 
 def errors_of(
@@ -174,7 +187,7 @@ def _where(device: torch.device) -> str:
         return "the kernels in Triton's interpreter"
     if device.type == "cuda":
         return f"the kernels on {torch.cuda.get_device_name(device)}"
-    return "the plain-torch reference (TRITON_INTERPRET=1 runs the kernels)"
+    return "PyTorch's own operators (TRITON_INTERPRET=1 runs the kernels)"
 
 
 def _cells(errors: dict[str, Error]) -> Iterator[str]:

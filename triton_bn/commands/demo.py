@@ -1,4 +1,4 @@
-"""``python -m triton_bn demo``: trains on scanned digits beside torch.nn.BatchNorm2d, and shows it.
+"""``triton-bn demo``: trains on scanned digits beside torch.nn.BatchNorm2d, and shows it.
 
 The work is in :mod:`triton_bn.demo.digits`, what is judged in :mod:`triton_bn.demo.lockstep`. The drift
 between the two trainings is shown, not judged.
@@ -7,14 +7,13 @@ between the two trainings is shown, not judged.
 from __future__ import annotations
 
 import argparse
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from triton_bn.commands.arguments import positive
+from triton_bn.commands.arguments import CannotRun, add_json, positive, print_json
 from triton_bn.demo.digits import Training, load
 from triton_bn.demo.lockstep import Difference
 from triton_bn.demo.picture import NAMES, draw
@@ -53,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="where the picture goes (default: %(default)s)",
     )
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,15 +62,13 @@ def run(args: argparse.Namespace) -> int:
         from rich.console import Console
         from rich.progress import track
     except ImportError as error:
-        print(f'{error}; the demo needs: pip install "triton_bn[demo]"', file=sys.stderr)
-        return 2
+        raise CannotRun(f'{error}; the demo needs: pip install "triton_bn[demo]"') from error
     if not args.output.parent.is_dir():
-        print(f"--output: there is no folder {args.output.parent}", file=sys.stderr)
-        return 2
+        raise CannotRun(f"--output: there is no folder {args.output.parent}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)  # the tensors are so small that threads would wait for one another
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, stderr=args.json)
     console.print(f"[bold]scanned digits, two networks, the same weights[/], on {_where(device)}")
     training = Training(*load(args.limit, device), args.epochs, args.batch, args.seed)
     for _ in track(training.steps(), "training", training.total, console=console, transient=True):
@@ -81,7 +79,29 @@ def run(args: argparse.Namespace) -> int:
         *training.test, training.read,
     )  # fmt: skip
     console.print(f"picture: {args.output}\n")
+    if args.json:
+        print_json(_summary(training))
     return _verdict(console, training)
+
+
+def _summary(training: Training) -> dict[str, Any]:
+    """The tables as data; ``worst`` in multiples of what float32 may lose."""
+    return {
+        "agree": training.ratio <= 1,
+        "seconds": training.seconds,
+        "loss": training.loss,
+        "accuracy": training.accuracy,
+        "worst": [
+            {"layer": layer, "layout": layout, "result": name, **difference._asdict()}
+            for (layer, layout), row in training.worst.items()
+            for name, difference in row.items()
+        ],
+        "plans": [
+            {"layer": layer, "layout": layout, **row}
+            for (layer, layout), plans in training.plans.items()
+            for row in plans.as_rows()
+        ],
+    }
 
 
 def _where(device: torch.device) -> str:
@@ -153,10 +173,10 @@ def _print(console: Any, training: Training) -> None:
     console.print(f"torch's own, by the same measure: {theirs:.0%} at worst\n")
 
     console.print("plans")
-    for (layer, layout), plan in sorted(training.plans.items()):
+    for (layer, layout), plans in sorted(training.plans.items()):
         console.print(f"  {layer} {layout}")
-        for line in plan.splitlines():
-            console.print(f"    {line}")
+        console.print(f"    forward   {plans.forward}")
+        console.print(f"    backward  {plans.backward}")
     console.print()
 
 

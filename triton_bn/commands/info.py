@@ -1,4 +1,4 @@
-"""``python -m triton_bn info``: versions, devices, caches, and what would run where."""
+"""``triton-bn info``: versions, devices, caches, and what would run where."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import platform
 import torch
 import triton
 
+from triton_bn.commands.arguments import add_json, print_json
 from triton_bn.launch import interpreting
 from triton_bn.plan import Device
 from triton_bn.tuning import cache
@@ -17,45 +18,40 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None: there is nothing to choose."""
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    lines = [
-        ("triton_bn", __version__),
-        ("torch", torch.__version__),
-        ("triton", triton.__version__),
-        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        *_devices(),
-        ("interpreter", "on" if interpreting() else "off (TRITON_INTERPRET=1 turns it on)"),
-        *_destinations(),
-        ("plans kept in", str(cache.folder())),
-        ("kernels kept in", triton.knobs.cache.dir),
-    ]
-    width = max(len(name) for name, _ in lines)
-    for name, text in lines:
+    lines = {
+        "triton_bn": __version__,
+        "torch": str(torch.__version__),
+        "triton": str(triton.__version__),
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        **_devices(),
+        "interpreter": "on" if interpreting() else "off (TRITON_INTERPRET=1 turns it on)",
+        **_destinations(),
+        "plans kept in": str(cache.folder()),
+        "kernels kept in": str(triton.knobs.cache.dir),
+    }
+    if args.json:
+        print_json(lines)
+        return 0
+    width = max(map(len, lines))
+    for name, text in lines.items():
         print(f"{name:{width}}  {text}")
     return 0
 
 
-def _devices() -> list[tuple[str, str]]:
+def _devices() -> dict[str, str]:
     if not torch.cuda.is_available():
-        return [("GPU", "none that torch sees")]
-    found = []
-    for index in range(torch.cuda.device_count()):
-        device = Device.current(torch.device("cuda", index))
-        units = "compute units" if torch.version.hip else "SMs"
-        found.append(
-            (
-                f"GPU {index}",
-                f"{device.name} ({device.arch}), {device.processors} {units}, "
-                f"{device.cache / 2**20:g} MiB of L2",
-            )
-        )
-    return found
+        return {"GPU": "none that torch sees"}
+    return {
+        f"GPU {index}": str(Device.current(torch.device("cuda", index)))
+        for index in range(torch.cuda.device_count())
+    }
 
 
-def _destinations() -> list[tuple[str, str]]:
+def _destinations() -> dict[str, str]:
     if interpreting():
-        return [("any tensor", "the kernels, in Triton's interpreter")]
-    return [("CPU tensors", "plain torch"), ("GPU tensors", "the compiled kernels")]
+        return {"any tensor": "the kernels, in Triton's interpreter"}
+    return {"CPU tensors": "PyTorch's own operators", "GPU tensors": "the compiled kernels"}

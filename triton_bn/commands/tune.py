@@ -1,16 +1,24 @@
-"""``python -m triton_bn tune``: search the fastest plans, remember them, pass them on."""
+"""``triton-bn tune``: search the fastest plans, remember them, pass them on."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from triton_bn.commands.arguments import CHANNELS_LAST, DTYPES, positive, shape
+from triton_bn.commands.arguments import (
+    CHANNELS_LAST,
+    DTYPES,
+    CannotRun,
+    add_json,
+    add_shapes,
+    positive,
+    print_json,
+    refuse,
+    seconds,
+)
 from triton_bn.functional import batch_norm
 from triton_bn.plan import Device
 from triton_bn.problem import ACTIVATIONS, Problem
@@ -55,40 +63,47 @@ MODELS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``python -m triton_bn tune``."""
     parser.description = (
         "Time every plan for some batch norms, forward and backward in training, and remember the "
-        "fastest for this GPU. Without --shape, --model, --export and --import: ResNet-50's."
+        "fastest for this GPU. Without a shape, --model, --export and --import: ResNet-50's."
     )
-    what = parser.add_argument_group("what to tune").add_argument
-    what("--shape", type=shape, action="append", default=[], metavar="N,C,...", help="repeatable")
-    what("--activation", choices=sorted(ACTIVATIONS), help="behind each --shape")
-    what("--residual", action="store_true", help="added before the activation of each --shape")
+    group = parser.add_argument_group("what to tune")
+    what = group.add_argument
+    add_shapes(group, "any number")
+    what("--activation", choices=sorted(ACTIVATIONS), help="behind each shape")
+    what("--residual", action="store_true", help="added before the activation of each shape")
     what("--model", choices=sorted(MODELS), help="the batch norms of a model on 224 x 224 images")
-    what("--batch", type=positive, default=32, help="images for --model (default: %(default)s)")
+    what("--batch", type=positive, help="images for --model (default: 32)")
     what("--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)")
     what("--channels-last", action="store_true", help="instead of contiguous")
     how = parser.add_argument_group("how").add_argument
-    how("--budget", type=float, metavar="SECONDS", help="for all of it; the largest come first")
+    how("--budget", type=seconds, metavar="SECONDS", help="for all of it; the largest come first")
     how("--again", action="store_true", help="time also what was tuned before")
     how("--table", action="store_true", help="print every candidate, not the best alone")
+    add_json(parser)
     files = parser.add_argument_group("files").add_argument
-    files("--rows", metavar="FILE", help="write every candidate's times as JSON rows")
     files("--export", metavar="FILE", help="write what is remembered for this GPU")
     files("--import", dest="source", metavar="FILE", help="first add an exported table")
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
     """What the arguments ask to tune."""
-    cases = [Case(sizes, args.activation, args.residual) for sizes in args.shape]
+    cases = [Case(sizes, args.activation, args.residual) for sizes in args.shapes]
     name = args.model
+    if not cases:
+        refuse(args, "activation", "residual", without="a shape")
     if name is None and not cases and not args.source and not args.export:
         name = "resnet50"
+    if name is None:
+        refuse(args, "batch", without="--model")
+    if name is None and not cases:
+        flags = ("channels_last", "budget", "again", "table", "json")
+        refuse(args, *flags, without="something to tune")
     for channels, size, then in MODELS[name] if name else ():
         activation = "relu" if "relu" in then else None
-        cases.append(Case((args.batch, channels, size, size), activation, "add" in then))
+        cases.append(Case((args.batch or 32, channels, size, size), activation, "add" in then))
     if args.channels_last and any(len(case.shape) not in CHANNELS_LAST for case in cases):
-        raise ValueError("--channels-last needs a --shape of 4 or 5 sizes")
+        raise CannotRun("--channels-last needs shapes of 4 or 5 sizes")
     return cases
 
 
@@ -112,34 +127,35 @@ def _problems_met(
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit code: 0, 1 for a failure or without a GPU where one is needed, 130 for Ctrl-C."""
     try:
         if args.source:
-            print(f"{import_table(args.source)} plans imported from {args.source}")
+            _say(f"{import_table(args.source)} plans imported from {args.source}", args)
         cases = _cases(args)
         if not cases and not args.export:
             return 0
         gpu = _gpu()
         if gpu is None:
-            print(f"tune times kernels, so PyTorch must see a GPU. {WITHOUT_GPU}", file=sys.stderr)
-            return 1
+            raise CannotRun(f"tune times kernels, so PyTorch must see a GPU. {WITHOUT_GPU}")
         if cases:
             report, interrupted = _search(cases, args, gpu)
-            print(report if args.table else report.summary())
-            print(f"\nkept in {table_path(Device.current(gpu))}")
-            if args.rows:
-                rows = json.dumps(report.as_rows(), indent=1)
-                Path(args.rows).write_text(rows + "\n", encoding="utf-8")
+            if args.json:
+                print_json(report.as_rows())
+            else:
+                print(report if args.table else report.summary())
+            _say(f"\nkept in {table_path(Device.current(gpu))}", args)
             if interrupted:
                 print("interrupted: what was found until then is kept", file=sys.stderr)
                 return 130
         if args.export:
             count = export_table(args.export, Device.current(gpu))
-            print(f"{count} plans exported to {args.export}")
+            _say(f"{count} plans exported to {args.export}", args)
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        raise CannotRun(str(error)) from error
     return 0
+
+
+def _say(text: str, args: argparse.Namespace) -> None:
+    print(text, file=sys.stderr if args.json else sys.stdout)
 
 
 def _gpu() -> torch.device | None:

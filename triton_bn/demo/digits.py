@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from triton_bn.demo.lockstep import Difference, Witness, separate
 from triton_bn.modules import BatchNorm2d
+from triton_bn.plan import Plans
 
 __all__ = ["Data", "Digits", "FusedDigits", "Training", "load"]
 
@@ -88,7 +89,7 @@ class Training:
     Attributes:
         loss, accuracy: by network ("torch", "ours"), of every step and of every epoch.
         worst: by layer and layout, the largest differences of each result over all steps.
-        plans: by layer and layout, what the layer ran.
+        plans: by layer and layout, what the layer ran by.
         read: by network, the digits last seen in the test images.
     """
 
@@ -104,7 +105,7 @@ class Training:
         self.loss: dict[str, list[float]] = {name: [] for name in self.networks}
         self.accuracy: dict[str, list[float]] = {name: [] for name in self.networks}
         self.worst: dict[tuple[str, str], dict[str, Difference]] = {}
-        self.plans: dict[tuple[str, str], str] = {}
+        self.plans: dict[tuple[str, str], Plans] = {}
         self.read: dict[str, Tensor] = {}
         self.seconds = 0.0
 
@@ -155,7 +156,7 @@ class Training:
             worst[name] = Difference(*map(max, new, worst.get(name, new)))
         if where not in self.plans and witness.step is not None:
             step = witness.step
-            self.plans[where] = str(witness.layer.plan(step.x, step.residual))
+            self.plans[where] = witness.layer.plan(step.x, step.residual)
 
     @torch.no_grad()
     def _test(self) -> None:

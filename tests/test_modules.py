@@ -275,7 +275,7 @@ def test_a_layer_prints_as_its_twin_and_its_activation(
 ) -> None:
     if "bias" in options and not has_bias():
         pytest.skip("this PyTorch has no bias=")
-    assert repr(ours(3, **options)) == repr(twin(3, **options))
+    assert repr(ours(3, **options)) == f"triton_bn.{twin(3, **options)!r}"
     with_activation = ours(3, **options, activation=Activation("elu", 0.5))
     assert with_activation.extra_repr() == twin(3, **options).extra_repr() + ", activation=elu(0.5)"
 

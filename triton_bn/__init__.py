@@ -1,4 +1,8 @@
-"""Batch normalization for PyTorch as Triton kernels: drop-in layers, fused with what follows them."""
+"""Batch normalization for PyTorch as Triton kernels: drop-in layers, fused with what follows them.
+
+The logger ``triton_bn`` (:mod:`logging`) says at level INFO what is converted and what is left and why, what is
+searched and found, and which plan or file is refused.
+"""
 
 from triton_bn import functional
 from triton_bn.conversion.convert import conversion_report, convert, revert

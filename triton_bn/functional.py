@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from triton_bn import operators, reference
-from triton_bn.problem import Activation, check
+from triton_bn.problem import Activation, check, require_tensor
 from triton_bn.sync import Ranks
 
 __all__ = ["batch_norm"]
@@ -120,6 +120,7 @@ def _fuses(input: Tensor, residual: Tensor | None) -> bool:
     """
     if residual is None:
         return True
+    require_tensor("residual", residual)
     if residual.device != input.device:
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but residual is on {residual.device}, "

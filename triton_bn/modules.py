@@ -128,6 +128,10 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             "torch.jit.script cannot compile triton_bn's layers: triton_bn.revert(model) puts PyTorch's back"
         )
 
+    def _get_name(self) -> str:
+        # What print(model) calls the layer: PyTorch's twin has the same class name.
+        return f"triton_bn.{super()._get_name()}"
+
     def extra_repr(self) -> str:
         text = super().extra_repr()
         return text if self.activation is None else f"{text}, activation={self.activation}"

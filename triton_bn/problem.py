@@ -21,13 +21,14 @@ what is allocated for it (output, gradients) is dense.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields
 from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "ACTIVATIONS",
@@ -37,6 +38,7 @@ __all__ = [
     "canonical",
     "check",
     "describe",
+    "require_module",
     "require_tensor",
 ]
 
@@ -96,7 +98,8 @@ class Activation:
     def __post_init__(self) -> None:
         if self.name not in ACTIVATIONS:
             raise ValueError(
-                f"activation must be None or one of {', '.join(map(repr, ACTIVATIONS))}, but got {self.name!r}"
+                f"activation must be None or one of {', '.join(map(repr, ACTIVATIONS))}, but got "
+                f"{self.name!r}{_meant(self.name)}"
             )
         default = ACTIVATIONS[self.name]
         if default is None and self.parameter is not None:
@@ -112,8 +115,10 @@ class Activation:
         if activation is None or isinstance(activation, Activation):
             return activation
         if not isinstance(activation, str):
+            # A module, its class, or a function of torch.nn.functional
             raise ValueError(
-                f"activation must be None, a name or a triton_bn.Activation, but got {activation!r}"
+                "activation must be None, a name or a triton_bn.Activation, but got "
+                f"{activation!r}{_meant(getattr(activation, '__name__', type(activation).__name__))}"
             )
         return _named(activation)
 
@@ -124,6 +129,17 @@ class Activation:
 
     def __str__(self) -> str:
         return self.name if self.parameter is None else f"{self.name}({self.parameter:g})"
+
+
+def _meant(name: Any) -> str:
+    """What somebody may have meant who wrote ``"ReLU"`` or ``nn.LeakyReLU(0.2)``, as the end of an error."""
+    known = {"swish": "silu"} | {each.replace("_", ""): each for each in ACTIVATIONS}
+    meant = known.get(re.sub("[^a-z0-9]", "", str(name).lower()))
+    if meant is None:
+        return ""
+    if ACTIVATIONS[meant] is None:
+        return f': write activation="{meant}"'
+    return f': write activation="{meant}", or triton_bn.Activation("{meant}", parameter)'
 
 
 @cache
@@ -331,6 +347,16 @@ def require_tensor(name: str, value: Any) -> None:
         raise TypeError(
             f"batch_norm(): argument '{name}' must be Tensor, not {type(value).__name__}"
         )
+
+
+def require_module(value: Any) -> None:
+    """Refuses what is no module.
+
+    Raises:
+        TypeError: with what came.
+    """
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but got {type(value).__name__}")
 
 
 def check(

@@ -9,6 +9,7 @@ Everything is planned before anything is changed, and undone if a change fails h
 
 from __future__ import annotations
 
+import logging
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,10 +25,12 @@ from triton_bn.conversion import fuse as fusion
 from triton_bn.conversion import rewrite
 from triton_bn.conversion.fuse import Change, Folded
 from triton_bn.conversion.rewrite import Refused
-from triton_bn.problem import Activation
+from triton_bn.problem import Activation, require_module
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Report", "Row", "conversion_report", "convert", "revert"]
 
@@ -66,6 +69,11 @@ class Row:
     fused: str = ""
     #: Why it took up nothing, or was left.
     note: str = ""
+
+    def __str__(self) -> str:
+        did = f"{self.before} becomes {self.after}" if self.before != self.after else "left"
+        fused = self.fused and f", fused with {self.fused}"
+        return f"{self.name or '(model)'}: {did}{fused}{self.note and f': {self.note}'}"
 
 
 @dataclass(frozen=True)
@@ -113,8 +121,10 @@ def conversion_report(model: nn.Module) -> Report:
     """The report of the last :func:`convert` of ``model``. It is copied and pickled with the model.
 
     Raises:
+        TypeError: for what is no module.
         ValueError: for a model that is not converted.
     """
+    require_module(model)
     report: Report | None = vars(model).get(_REPORT)
     if report is None:
         raise ValueError(f"this {type(model).__name__} is not converted")
@@ -219,8 +229,7 @@ def _own_activation(layer: nn.Module) -> tuple[bool, Activation | None]:
 
 
 def _require_convertible(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
+    require_module(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError("a scripted or traced model cannot be converted: convert it before")
     for name, module in model.named_modules():
@@ -336,6 +345,8 @@ def convert(
     names = {module: name for name, module in model.named_modules()}
     report = Report(tuple(rows), tuple(names[module] for module in rewritten))
     _apply([*changes, (vars(model), _REPORT, report)])
+    for row in report.rows:
+        logger.info("%s", row)
     if verbose:
         print(report)
     return model
@@ -356,9 +367,11 @@ def revert(model: Model) -> Model:
         ``model`` itself.
 
     Raises:
+        TypeError: for what is no module.
         ValueError: for a layer that was built with an activation, which torch.nn has no layer for.
             Nothing has been changed then.
     """
+    require_module(model)
     changes: list[Change] = []
     for name, module in model.named_modules():
         own = vars(module)
@@ -373,6 +386,7 @@ def revert(model: Model) -> Model:
         elif rewrite.is_derived(type(module)):
             changes.append((module, "__class__", rewrite.original(type(module))))
     _apply(changes)
+    logger.info("reverted a %s: %d changes", type(model).__name__, len(changes))
     return model
 
 

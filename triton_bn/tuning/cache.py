@@ -19,6 +19,7 @@ What may be relied upon
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import secrets
@@ -33,6 +34,8 @@ from pathlib import Path
 from typing import Any
 
 __all__ = ["Document", "Store", "folder", "lock", "read", "slug", "warn_once", "write"]
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "triton_bn cache 1"
 
@@ -81,6 +84,7 @@ def warn_once(path: Path, topic: str, message: str) -> None:
     """Warns about a file, unless this process has warned about the same topic of it before."""
     if (path, topic) not in _warned:
         _warned.add((path, topic))
+        logger.info("%s: %s", path, message)
         warnings.warn(f"{path}: {message}", RuntimeWarning, stacklevel=2)
 
 

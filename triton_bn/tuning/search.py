@@ -13,6 +13,7 @@ Several processes
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections.abc import Callable, Iterable
@@ -25,6 +26,8 @@ from triton_bn.plan import Device, Plan, candidates, heuristic, with_source
 from triton_bn.problem import Problem
 from triton_bn.tuning import cache, memory
 from triton_bn.tuning.results import Report, Result, Row, Timing, progress_bar
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "WITHOUT_GPU",
@@ -154,12 +157,14 @@ def search(
     plans = [with_source(plan, "heuristic" if plan == untuned else "candidate") for plan in order]
     rows = {plan: Row(plan, "not reached") for plan in plans}
     best, interrupted = math.inf, False
+    logger.info("searching on %s: %s: %d plans", device.name, problem, len(plans))
 
     def attempt(plan: Plan) -> Row:
         try:
             timing = measure(trial(problem, plan, device), timer=timer, limit=HOPELESS * best)
         except Exception as error:  # whatever a compiler or driver may raise
             text = (str(error).strip() or "no message").splitlines()[0]
+            logger.info("refused for %s: %s: %s: %s", problem, plan, type(error).__name__, text)
             return Row(plan, f"failed: {type(error).__name__}: {text[:200]}")
         return Row(plan, "stopped early" if timing.stopped else "timed", timing)
 
@@ -189,6 +194,7 @@ def search(
     complete = all(row.status != "not reached" for row in ranked)
     result = Result(problem, device, ranked, complete)
     _remember(result)
+    logger.info("found (best ms, gain, problem: plan): %s", result.summary().strip())
     if interrupted:
         raise Interrupted(Report([result]))
     return result

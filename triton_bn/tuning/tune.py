@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from triton_bn.plan import Device
-from triton_bn.problem import Problem
+from triton_bn.problem import Problem, require_module
 from triton_bn.tuning.memory import record
 from triton_bn.tuning.results import Report
 from triton_bn.tuning.search import search_all
@@ -43,10 +43,12 @@ def tune(
         progress: show it on stderr.
 
     Raises:
+        TypeError: for a model that is no module.
         RuntimeError: where no batch norm of this package ran on a GPU.
         TimeoutError: when another process has been tuning for too long.
         Interrupted: for Ctrl-C, after what was found has been stored.
     """
+    require_module(model)
     return search_all(_problems_of(model, inputs), again=again, budget=budget, progress=progress)
 
 

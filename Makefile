@@ -47,9 +47,10 @@ notebooks: $(READY)
 test-models: $(MODELS)
 	$(PYTEST) -n $(JOBS) -m models
 
-# The whole suite and every measurement, on the GPU of this machine.
+# The tests that run kernels and the measurements, on the GPU of this machine, within ten minutes; run again, it
+# goes on where it ended. PART=tests|bench|ab|search|step: that alone. SECONDS=540: for everything together.
 gpu: $(READY)
-	$(PY) -m perf visit
+	$(PY) -m perf visit $(if $(PART),--part $(PART)) $(if $(SECONDS),--seconds $(SECONDS))
 
 # Draws what was measured (perf/results) again.
 plots: $(READY)

@@ -25,6 +25,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "run": Command("time the cases, the most telling first", gpu=True),
     "search": Command("time every plan of the telling cases, and remember the best", gpu=True),
+    "ab": Command("A/B comparisons of plans, and how long programs wait for one another", gpu=True),
     "visit": Command("all of it on a GPU that is there for ten minutes", gpu=True),
     "plots": Command("draw all folders of results"),
     "summary": Command("the targets beside what was measured"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,10 +38,11 @@ class Case:
     measures: tuple[str, ...]
     #: How often the network has this batch norm.
     layers: int = 1
+    question: str = ""
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
-        return "x".join(map(str, self.shape)), self.layout, self.dtype, self.op
+    def key(self) -> tuple[str, str, str, str, str]:
+        return self.question, "x".join(map(str, self.shape)), self.layout, self.dtype, self.op
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -82,7 +83,7 @@ class Case:
         return tensor * sum(reads + writes for reads, writes in self.traffic(measure))
 
     def __str__(self) -> str:
-        return f"{self.network} {' '.join(self.key)}"
+        return " ".join(filter(None, (self.network, *self.key)))
 
 
 def layouts(spatial: tuple[int, ...]) -> tuple[str, ...]:
@@ -123,16 +124,45 @@ def extremes(names: Iterable[str], measures: tuple[str, ...]) -> Iterator[Case]:
             yield Case(name, EXTREMES[name], layout, "bfloat16", "bn", measures)
 
 
+#: Two layers of ResNet-50 that no program can hold a channel of, and two where one can.
+TELLING = {256: ((256, 56, 56), (64, 112, 112)), 32: ((1024, 14, 14), (2048, 7, 7))}
+
+
+def telling() -> Iterator[Case]:
+    """The first half minute: what is fused, in both layouts, then memory and the host."""
+    resnet = "ResNet-50"
+    layers = {(layer.channels, *layer.spatial): layer.multiplicity for layer in NETWORKS[resnet]}
+    for op in OPS:
+        for batch, inputs in TELLING.items():
+            for each in inputs:
+                for layout in layouts(each[1:]):
+                    shape = (batch, *each)
+                    yield Case(resnet, shape, layout, "bfloat16", op, TRAIN, layers[each])
+    for op in OPS:
+        yield Case(resnet, (128, 256, 56, 56), "channels_last", "bfloat16", op, ("memory",))
+    for op in OPS:
+        for case in extremes(["tiny image"], ("host",)):
+            yield replace(case, op=op)
+
+
+def steps() -> Iterator[Case]:
+    """A training step of ResNet-50, as it is and compiled: minutes, most of them the compiler's."""
+    for measure in ("step", "compiled step"):
+        shape = (128, 3, 224, 224)
+        yield Case("ResNet-50", shape, "channels_last", "bfloat16", "model", (measure,))
+
+
 def ordered() -> Iterator[Case]:
     """Every case, the most telling first; some come twice."""
-    resnet, last = "ResNet-50", "channels_last"
+    resnet = "ResNet-50"
+    yield from telling()
     yield from of_network(resnet, [256, 32], most=4)
-    yield Case(resnet, (128, 3, 224, 224), last, "bfloat16", "model", ("step",))
-    yield from extremes(["tiny image"], ("host",))
-    for op in OPS:
-        yield Case(resnet, (128, 256, 56, 56), last, "bfloat16", op, ("memory",))
     yield from of_network(resnet, [256], ops=["bn+add+relu", "bn+relu"], most=4)
     yield from of_network(resnet, [256, 32])
+    # How cost grows with the channels: one size of image and batch, 8 to 2048 of them.
+    for channels in (8, 16, 32, 128, 512, 2048):
+        for layout in layouts((14, 14)):
+            yield Case("channel sweep", (32, channels, 14, 14), layout, "bfloat16", "bn", TRAIN)
     # How cost grows: the middle of the network, batch 1 to 256.
     for batch in (1, 2, 4, 8, 16, 64, 128):
         for layout in layouts((14, 14)):
@@ -148,6 +178,7 @@ def ordered() -> Iterator[Case]:
     for network in NETWORKS:
         batches = BATCHES.get(network, (128,))
         yield from of_network(network, batches, ["bfloat16", "float16", "float32"], OPS)
+    yield from steps()
 
 
 def select(words: Iterable[str] = ()) -> tuple[Case, ...]:

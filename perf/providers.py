@@ -8,10 +8,12 @@ a case raises :class:`Unsupported` and has no row for it.
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib import metadata
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -24,7 +26,18 @@ from triton_bn import verbs
 from triton_bn.plan import Device, Plan, candidates
 from triton_bn.problem import Problem
 
-__all__ = ["COPY", "PROVIDERS", "Norm", "Provider", "Unsupported", "available", "recorded"]
+__all__ = [
+    "COPY",
+    "PROVIDERS",
+    "Choice",
+    "Norm",
+    "Provider",
+    "Unsupported",
+    "available",
+    "of_driver",
+    "planned",
+    "recorded",
+]
 
 #: f(x, residual or None) -> y
 Norm = Callable[[Tensor, Tensor | None], Tensor]
@@ -43,8 +56,8 @@ class Unsupported(Exception):
 class Provider:
     """``build(layer, case, x)`` gives what is timed, ``inside`` surrounds every call of it.
 
-    ``network(model)`` does the same for a whole network (measure "step"). ``module`` must be
-    importable. A provider that works ``in_place`` overwrites its input.
+    ``network(model)`` does the same for a whole network, in its own time where it ``compiles`` it
+    (minutes). ``module`` must be importable. A provider that works ``in_place`` overwrites its input.
     """
 
     name: str
@@ -53,6 +66,7 @@ class Provider:
     inside: Callable[[], AbstractContextManager[Any]] = nullcontext
     module: str | None = None
     in_place: bool = False
+    compiles: bool = False
 
 
 # ---- torch ---------------------------------------------------------------------------------------
@@ -129,16 +143,28 @@ def recorded(plans: dict[str, Plan]) -> Iterator[None]:
         yield
 
 
+#: (problem, device, the plan that it would run under) -> the plan that it shall run under.
+Choice = Callable[[Problem, Device, Plan], Plan]
+
+
 @contextmanager
-def driven(driver: str) -> Iterator[None]:
-    """Every problem runs under a plan of this driver, the usual one or else the first candidate."""
+def planned(choice: Choice) -> Iterator[None]:
+    """Every problem runs under the plan of this choice, which may raise :class:`Unsupported`."""
 
     def resolve(problem: Problem, x: Tensor) -> Plan:
-        plan = usual(problem, x)
-        return plan if plan.driver == driver else _first(problem, Device.current(x.device), driver)
+        return choice(problem, Device.current(x.device), usual(problem, x))
 
     with _resolved_by(resolve) as usual:
         yield
+
+
+@cache
+def of_driver(driver: str, problem: Problem, device: Device, plan: Plan) -> Plan:
+    """A plan of this driver: the usual one, or else the first candidate."""
+    for other in (plan, *candidates(problem, device)):
+        if other.driver == driver:
+            return other
+    raise Unsupported(f"no {driver} plan")
 
 
 @contextmanager
@@ -151,14 +177,6 @@ def _resolved_by(resolve: Resolve) -> Iterator[Resolve]:
         verbs._resolve = usual  # type: ignore[assignment]
 
 
-@cache
-def _first(problem: Problem, device: Device, driver: str) -> Plan:
-    for plan in candidates(problem, device):
-        if plan.driver == driver:
-            return plan
-    raise Unsupported(f"no {driver} plan")
-
-
 def converted(model: nn.Module) -> nn.Module:
     return triton_bn.convert(model)
 
@@ -167,6 +185,7 @@ def converted(model: nn.Module) -> nn.Module:
 
 
 def flag_gems(layer: Any, case: Case, x: Tensor) -> Norm:
+    """Its operators as it registers them for ``native_batch_norm``; they fuse nothing."""
     gems: Any = importlib.import_module("flag_gems")
 
     class BatchNorm(torch.autograd.Function):
@@ -191,13 +210,17 @@ def flag_gems(layer: Any, case: Case, x: Tensor) -> Norm:
 
 
 def attorch(layer: Any, case: Case, x: Tensor) -> Norm:
+    """It fuses the residual (``pre_act_add``) and the activation (``act_func``)."""
     module: Any = importlib.import_module("attorch")
     if x.dim() not in (2, 3, 4):
         raise Unsupported("no BatchNorm3d")
-    own = getattr(module, type(layer).__name__)(layer.num_features, device=x.device)
+    own = getattr(module, type(layer).__name__)(
+        layer.num_features, act_func="relu" if "relu" in case.op else None, device=x.device
+    )
     own.train(layer.training)
     own.__dict__["_parameters"], own.__dict__["_buffers"] = layer._parameters, layer._buffers
-    return followed(own, case)
+    run: Norm = own
+    return run
 
 
 def apex(layer: Any, case: Case, x: Tensor) -> Norm:
@@ -235,12 +258,19 @@ def inplace_abn(layer: Any, case: Case, x: Tensor) -> Norm:
 #: In each case, all that can take it are timed in turn, in one run.
 PROVIDERS = (
     Provider("triton_bn", ours, converted),
-    *(Provider(f"triton_bn {driver}", ours, inside=partial(driven, driver)) for driver in DRIVERS),
+    *(
+        Provider(f"triton_bn {driver}", ours, inside=partial(planned, partial(of_driver, driver)))
+        for driver in DRIVERS
+    ),
     Provider("torch native", stock, inside=without_cudnn),
     Provider("torch cuDNN", cudnn),
     Provider("torch", network=lambda model: model),
-    Provider("torch.compile", compiled, compiled_network),
-    Provider("triton_bn + compile", network=lambda model: compiled_network(converted(model))),
+    Provider("torch.compile", compiled, compiled_network, compiles=True),
+    Provider(
+        "triton_bn + compile",
+        network=lambda model: compiled_network(converted(model)),
+        compiles=True,
+    ),
     Provider("flag_gems", flag_gems, module="flag_gems"),
     Provider("attorch", attorch, module="attorch"),
     Provider("apex", apex, module="apex"),
@@ -252,9 +282,23 @@ def available(providers: Sequence[Provider] = PROVIDERS) -> dict[str, str]:
     """Those that can be imported here, with the version of each that is another project."""
     found = {}
     for provider in providers:
-        try:
-            module = provider.module and importlib.import_module(provider.module)
-        except Exception:  # an extension built for another torch fails with anything
+        if provider.module is None:
+            found[provider.name] = ""
             continue
-        found[provider.name] = str(getattr(module, "__version__", "unknown")) if module else ""
+        # An extension built for another torch fails with anything.
+        with suppress(Exception):
+            found[provider.name] = version(importlib.import_module(provider.module))
     return found
+
+
+def version(module: Any) -> str:
+    """A module's version, and the commit where it was installed from a repository."""
+    name = module.__name__
+    found = str(getattr(module, "__version__", ""))
+    with suppress(metadata.PackageNotFoundError):
+        distribution = metadata.distribution(name)
+        found = found or distribution.version
+        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+        commit = origin.get("vcs_info", {}).get("commit_id", "")
+        found += f" ({commit[:8]})" if commit else ""
+    return found or "unknown"

@@ -12,8 +12,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor
+from collections.abc import Callable, Sequence
+from concurrent.futures import BrokenExecutor, Executor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,18 +32,21 @@ __all__ = ["COLUMNS", "Lab", "Results", "Row", "compile_ahead", "measure", "run_
 
 #: A row's columns, in the order of the CSV; ``perf/README.md`` says what each means.
 COLUMNS = (
-    "network", "layers", "shape", "layout", "dtype", "op", "measure", "provider", "status",
+    "question", "network", "layers", "shape", "layout", "dtype", "op", "measure", "provider", "status",
     "detail", "ms", "p20_ms", "p80_ms", "n", "bytes", "gb_per_s", "share_of_copy", "peak_bytes",
     "kept_bytes", "plan", "gpu", "torch", "cuda", "triton", "triton_bn", "provider_version",
     "fingerprint", "time",
 )  # fmt: skip
 #: Those of a case; the fingerprint and versions say whether a row is still good for it.
-SETTING = ("shape", "layout", "dtype", "op")
+SETTING = ("question", "shape", "layout", "dtype", "op")
 
 #: Files and folders that no measurement depends on: a change of anything else calls for new ones.
 WITHOUT_EFFECT = {
     "triton_bn": ("commands", "demo", "inspection", "oracle.py", "tuning/results.py", "version.py"),
-    "perf": ("commands", "__main__.py", "cases.py", "plots.py", "search.py", "shapes.py", "summary.py", "visit.py"),
+    "perf": (
+        "commands", "__main__.py", "ab.py", "cases.py", "plots.py", "pytest_visit.py", "search.py", "shapes.py",
+        "summary.py", "visit.py", "wait.py",
+    ),
 }  # fmt: skip
 
 Row = dict[str, Any]
@@ -66,14 +69,14 @@ class Lab:
     def __post_init__(self) -> None:
         self.versions = available(self.providers)
         self.providers = [p for p in self.providers if p.name in self.versions]
-        self.about = about(self.device, self.versions)
+        self.about = about(self.device)
 
 
-def about(device: torch.device, versions: Mapping[str, str]) -> Row:
+def about(device: torch.device) -> Row:
     """What every row says of machine and code: rows that agree in it can stand side by side."""
     import triton
 
-    digest = hashlib.sha256(json.dumps([*versions.items()]).encode())
+    digest = hashlib.sha256(json.dumps([*available(PROVIDERS).items()]).encode())
     for folder in (Path(triton_bn.__file__).parent, Path(__file__).parent):
         without = [folder / name for name in WITHOUT_EFFECT[folder.name]]
         for path in sorted(folder.rglob("*.py")):
@@ -167,6 +170,8 @@ class Results:
         self.rows: list[Row] = data.get("rows", [])
         #: The tables of searches, as ``triton_bn.tuning.results.Result.as_rows`` has them.
         self.search: list[Row] = data.get("search", [])
+        #: How long programs wait for one another (:mod:`perf.wait`).
+        self.waits: list[Row] = data.get("waits", [])
 
     def has(self, case: Case, lab: Lab) -> bool:
         """Whether the case was measured: by this very code and its peers, on this GPU and torch."""
@@ -187,13 +192,19 @@ class Results:
         self.rows = [row for row in self.rows if place(row) not in replaced] + list(rows)
         self.save()
 
+    def add_wait(self, row: Row) -> None:
+        place = ("gang", "a_processor", "gpu")
+        others = [old for old in self.waits if any(old[name] != row[name] for name in place)]
+        self.waits = [*others, row]
+        self.save()
+
     def save(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         table = io.StringIO()
         writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        text = json.dumps({"rows": self.rows, "search": self.search}, indent=0)
+        text = json.dumps({"rows": self.rows, "search": self.search, "waits": self.waits}, indent=0)
         for name, content in (("bench.json", text), ("bench.csv", table.getvalue())):
             # Whoever reads meanwhile, or comes after a crash, finds the old file or the new one.
             beside = self.folder / f"{name}.part"
@@ -247,19 +258,28 @@ def run_cases(
     return measured
 
 
-def compile_ahead(cases: Sequence[Case], pool: Executor) -> None:
-    """Runs every provider once, in other processes: what they compile is in the caches then."""
+#: Seconds for a window of cases to be compiled; what is not by then is compiled as it is measured.
+COMPILE = 90.0
+
+
+def compile_ahead(cases: Sequence[Case], pool: Executor, limit: float = COMPILE) -> None:
+    """Runs every provider once, in other processes: what they compile is in the caches then.
+
+    Not a whole network's: it is as much work as all other cases together, and nobody waits for it.
+    """
     with suppress(BrokenExecutor):  # a process crashed; what it met, the measurement meets
-        for future in [pool.submit(_compile, case) for case in cases]:
-            future.exception()
+        futures = [pool.submit(_compile, case) for case in cases if case.op != "model"]
+        wait(futures, limit)
+        for future in futures:
+            future.cancel()
 
 
 def _compile(case: Case) -> None:
     import torch._inductor.config as inductor
 
-    # The processes are many already; a network is as much work as all other cases together.
-    inductor.compile_threads = os.cpu_count() or 1 if "step" in case.measures else 1
-    subjects_of(case, Lab(torch.device("cuda")).providers, torch.device("cuda"), network)
+    inductor.compile_threads = 1  # the processes are many already
+    gpu = torch.device("cuda")
+    subjects_of(case, Lab(gpu).providers, gpu, network, judged=False)
     gc.collect()
     torch.cuda.empty_cache()
 

@@ -25,10 +25,14 @@ def problems(cases: Sequence[Case]) -> Iterator[Problem]:
     """The problems of the cases' batch norms in training, forward and backward."""
     for case in cases:
         if "forward" in case.measures and case.op == "bn":
-            x = torch.empty(case.shape, dtype=case.torch_dtype, device="meta")
-            x = x.to(memory_format=case.memory_format)
-            problem, _ = describe(x, training=True)
-            yield from (problem, gradient_of(problem))
+            yield from problems_of(case)
+
+
+def problems_of(case: Case) -> tuple[Problem, Problem]:
+    """Forward and backward of a case's batch norm in training, without what follows it."""
+    x = torch.empty(case.shape, dtype=case.torch_dtype, device="meta")
+    problem, _ = describe(x.to(memory_format=case.memory_format), training=True)
+    return problem, gradient_of(problem)
 
 
 def search(

@@ -15,6 +15,7 @@ from perf import gate
 from perf.cases import Case
 from perf.clocks import Call
 from perf.providers import COPY, Provider, Unsupported, recorded
+from perf.resnet import ResNet50
 
 __all__ = ["Subject", "network", "subjects_of"]
 
@@ -44,28 +45,40 @@ def subjects_of(
     providers: Sequence[Provider],
     device: torch.device,
     networks: Callable[[str], nn.Module],
+    *,
+    judged: bool = True,
 ) -> list[Subject]:
-    """All that take the case; of a layer's, the copy comes first."""
+    """All that take the case; of a layer's, the copy comes first.
+
+    Each has run once then. Without being ``judged`` that is all: to compile what is needed.
+    """
     torch.manual_seed(0)
     if device.type == "cuda":
         # The ninth shape of a compiled function would be one too many, and run uncompiled.
         torch.compiler.reset()
-    if "step" in case.measures:
-        return _networks(case, [p for p in providers if p.network], device, networks)
-    return _layers(case, [p for p in providers if p.build], device)
+    if case.op == "model":
+        compiled = "compiled step" in case.measures
+        # torch's own gradient is the yardstick of every network.
+        chosen = [
+            p for p in providers if p.network and (p.compiles == compiled or p.name == "torch")
+        ]
+        return _networks(case, chosen, device, networks)
+    return _layers(case, [p for p in providers if p.build], device, judged)
 
 
 # ---- One layer -----------------------------------------------------------------------------------
 
 
-def _layers(case: Case, providers: Sequence[Provider], device: torch.device) -> list[Subject]:
+def _layers(
+    case: Case, providers: Sequence[Provider], device: torch.device, judged: bool
+) -> list[Subject]:
     before, layer = _given(case, device)
     subjects = [_copy(case, before)]
     usual = ""
     for provider in providers:
         subject = Subject(provider.name)
         try:
-            _prepare(subject, provider, case, before, copy.deepcopy(layer))
+            _prepare(subject, provider, case, before, copy.deepcopy(layer), judged)
         except Unsupported:
             continue
         except Exception as error:
@@ -132,7 +145,12 @@ class _Alias(torch.autograd.Function):
 
 
 def _prepare(
-    subject: Subject, provider: Provider, case: Case, before: gate.Before, layer: Any
+    subject: Subject,
+    provider: Provider,
+    case: Case,
+    before: gate.Before,
+    layer: Any,
+    judged: bool,
 ) -> None:
     """Builds a provider's calls, and runs it once through the gate."""
     assert provider.build is not None
@@ -171,6 +189,8 @@ def _prepare(
             results |= zip(("dx", "dweight", "dbias", "dresidual"), backward(y), strict=False)
             results |= {"running_mean": layer.running_mean, "running_var": layer.running_var}
     subject.plan = "; ".join(f"{direction} {plan}" for direction, plan in plans.items())
+    if not judged:
+        return
     subject.detail = gate.judge(case, before, results)
     if subject.detail:
         subject.status = "failed the gate"
@@ -205,16 +225,8 @@ def _memory(
 
 
 def network(name: str) -> nn.Module:
-    """The network of a "step" case, with fresh weights.
-
-    Raises:
-        ImportError: without torchvision.
-    """
-    from torchvision import models
-
-    builders = {"ResNet-50": models.resnet50}
-    model: nn.Module = builders[name]()
-    return model
+    """The network of a step, with fresh weights."""
+    return {"ResNet-50": ResNet50}[name]()
 
 
 def _networks(
@@ -250,7 +262,7 @@ def _networks(
         subject.detail = f"gradient off by {away:.3g} of its norm, torch's by {usual:.3g}"
         if not away <= 2 * usual:  # NaN is wrong
             subject.status = "failed the gate"
-        subject.calls = {"step": Call(provider.name, step)}
+        subject.calls = {name: Call(provider.name, step) for name in case.measures}
     return subjects
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
+import random
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +23,19 @@ from torch import Tensor, nn
 pytest.importorskip("pandas", reason="needs the perf extra")
 pytest.importorskip("matplotlib", reason="needs the perf extra")
 
-from perf import gate, plots, providers, runner, search, subjects, summary, visit
+from perf import (
+    ab,
+    gate,
+    plots,
+    providers,
+    pytest_visit,
+    runner,
+    search,
+    subjects,
+    summary,
+    visit,
+    wait,
+)
 from perf.__main__ import main
 from perf.cases import OPS, TRAIN, Case, select
 from perf.clocks import Call, DeviceClock
@@ -79,14 +97,15 @@ def by_provider(rows: Sequence[Row], measure: str = "forward") -> dict[str, Row]
 
 def test_the_most_telling_cases_come_first_and_every_case_once() -> None:
     cases = select()
-    first = cases[:16]
-    assert {(case.network, case.dtype, case.op) for case in first} == {
-        ("ResNet-50", "bfloat16", "bn")
+    first = cases[:24]
+    assert {(case.network, case.dtype, case.measures) for case in first} == {
+        ("ResNet-50", "bfloat16", TRAIN)
     }
-    assert {case.shape[0] for case in first} == {256, 32}
-    assert {case.layout for case in first} == {"contiguous", "channels_last"}
-    early = {measure for case in cases[:40] for measure in case.measures}
-    assert early >= {*TRAIN, "step", "host", "memory"}
+    assert len({case.shape for case in first}) == 4
+    for op in OPS:
+        assert {case.layout for case in first if case.op == op} == {"contiguous", "channels_last"}
+    assert {measure for case in cases[24:30] for measure in case.measures} == {"memory", "host"}
+    assert [case.measures for case in cases[-2:]] == [("step",), ("compiled step",)]
     assert len({(case.key, case.measures) for case in cases}) == len(cases)
 
 
@@ -447,12 +466,14 @@ class Inline:
 
 
 def fake_result(problem: Problem, device: Device, **options: Any) -> Result:
-    """A table as a search would make it, one candidate failed and one stopped early."""
+    """A table as a search would make it, one kind of candidate failed and one stopped early."""
     rows = []
     for index, plan in enumerate(candidates(problem, device)):
         ms = 0.02 + 0.001 * (index * 7 % 13)
-        status = {1: "failed: no kernel", 2: "stopped early"}.get(index, "timed")
-        timing = None if index == 1 else Timing(ms, 0.99 * ms, 1.02 * ms, 20)
+        status = "stopped early" if index == 2 else "timed"
+        timing = Timing(ms, 0.99 * ms, 1.02 * ms, 20)
+        if (plan.transform.depth, plan.transform.warps) == (1, 16):
+            status, timing = "failed: no kernel", None
         rows.append(Timed(plan, status, timing))
     return Result(problem, device, tuple(rows), complete=True)
 
@@ -499,12 +520,14 @@ FACTORS = {
 def fake_rows(lab: Lab) -> list[Row]:
     """Rows as of a whole visit, every time a multiple of the copy's."""
     rows = []
-    for case in select(["ResNet-50", "bfloat16"]):
+    for case in (*select(["ResNet-50", "bfloat16"]), *select(["host"])):
         for name in case.measures:
             for provider, factor in FACTORS.items():
                 if case.op == "model" or (provider == "torch cuDNN" and case.residual):
                     continue
                 kept = {OURS: 1.07 if case.residual else 1.0, TORCH: 2.0}.get(provider)
+                if name == "host" and provider == COPY:
+                    continue
                 tensor = case.bytes("forward") // (3 if case.residual else 2)
                 subject = subjects.Subject(provider, plan="forward resident: a; backward split: b")
                 if name == "memory":
@@ -514,10 +537,41 @@ def fake_rows(lab: Lab) -> list[Row]:
                 copy = 0.004 + case.bytes(name) / 3e9
                 times = [copy * factor * jitter for jitter in (0.98, 1.0, 1.0, 1.0, 1.05)]
                 rows.append(runner._row(case, name, subject, lab, times, copy))
-    step = select(["step"])[0]
-    for provider, ms in {"torch": 60.0, OURS: 45.0, "torch.compile": 50.0}.items():
-        rows.append(runner._row(step, "step", subjects.Subject(provider), lab, [ms] * 5))
+    for step, times in zip(
+        select(["model"]),
+        ({"torch": 60.0, OURS: 45.0}, {"torch": 61.0, "torch.compile": 50.0}),
+        strict=True,
+    ):
+        for provider, ms in times.items():
+            subject = subjects.Subject(provider)
+            rows.append(runner._row(step, step.measures[0], subject, lab, [ms] * 5))
+    for case in select(["channel sweep"]):
+        for name in case.measures:
+            for provider, factor in FACTORS.items():
+                copy = 0.002 + case.bytes(name) / 3e9
+                subject = subjects.Subject(provider)
+                rows.append(runner._row(case, name, subject, lab, [copy * factor] * 3, copy))
+    for question in ab.QUESTIONS:
+        for case in question.cases:
+            for name in case.measures:
+                for number, provider in enumerate(question.providers):
+                    ms = [(0.01 + case.bytes(name) / 3e9) * (1 + 0.1 * number)] * 3
+                    rows.append(
+                        runner._row(case, name, subjects.Subject(provider.name), lab, ms, ms[0])
+                    )
     return rows
+
+
+def fake_waits() -> list[Row]:
+    return [
+        {
+            "gang": gang, "gangs": 1, "a_processor": a_processor, "status": "measured",
+            "us": 1 + 0.1 * a_processor + gang / 100, "least_us": 1.0, "most_us": 4.0,
+            "gpu": "No GPU (made for a test)", "torch": "0", "triton": "0",
+        }
+        for a_processor in wait.A_PROCESSOR
+        for gang in wait.GANGS
+    ]  # fmt: skip
 
 
 @pytest.fixture
@@ -526,9 +580,8 @@ def folder(tmp_path: Path) -> Path:
     lab = lab_of(FakeClock({}))
     lab.about["gpu"] = "No GPU (made for a test)"
     results = Results(tmp_path / "no_gpu")
-    results.rows = fake_rows(lab)
-    first, backward, *_ = search.problems(select(["ResNet-50", "32x512x28x28"]))
-    for problem in (first, backward):
+    results.rows, results.waits = fake_rows(lab), fake_waits()
+    for problem in [*search.problems(select(["ResNet-50", "32x512x28x28"]))][:4]:
         results.search += fake_result(problem, DEVICES["H200"]).as_rows()
     results.save()
     return results.folder
@@ -553,7 +606,7 @@ def test_pictures_are_drawn_from_the_data_by_one_command(
     (folder / "inspect.json").write_text(json.dumps(compiled_facts()))
     assert main(["plots", "--results", str(folder.parent)]) == 0
     pictures = {path.stem: path for path in folder.glob("*.png")}
-    assert set(pictures) == {"bandwidth", "speedup", "scaling", "landscape", "compile"}
+    assert set(pictures) == {*plots.PLOTS, "compile"}
     assert set(capsys.readouterr().out.split()) == {str(path) for path in pictures.values()}
     for path in pictures.values():
         data = path.read_bytes()
@@ -561,22 +614,84 @@ def test_pictures_are_drawn_from_the_data_by_one_command(
         assert 10_000 < len(data) < 1 << 20
 
 
+def texts(figure: Any) -> set[str]:
+    found = figure.findobj(lambda artist: hasattr(artist, "get_text") and artist.get_visible())
+    return {artist.get_text() for artist in found}
+
+
 def test_pictures_show_what_they_are_about(folder: Path) -> None:
-    rows, searched = plots.load(folder)
-
-    def texts(figure: Any) -> str:
-        found = figure.findobj(lambda artist: hasattr(artist, "get_text"))
-        return "\n".join(artist.get_text() for artist in found)
-
-    shown = {name: texts(plot(rows, searched)) for name, plot in plots.PLOTS.items()}
-    for text in shown.values():
-        assert "No GPU (made for a test)" in text or "H200" in text
-    assert {"triton_bn", "torch.compile", "unheard of"} <= set(shown["bandwidth"].split("\n"))
+    data = plots.load(folder)
+    shown = {name: texts(plot(data)) for name, plot in plots.PLOTS.items()}
+    for name, text in shown.items():
+        assert any("No GPU (made for a test)" in line or "H200" in line for line in text), name
+    everyone = {OURS, TORCH, "torch cuDNN", "torch.compile", "unheard of"}
+    for name in ("bandwidth", "scaling", "channels", "size"):
+        assert everyone <= shown[name], name
     assert "a copy of the\nsame bytes" in shown["bandwidth"]
     assert f"{1.8 / 1.1:.2f}" in shown["speedup"]  # eager is the faster of native and cuDNN
-    assert "1024×14×14" in shown["scaling"]
-    assert "failed" in shown["landscape"]
-    assert "not timings" in texts(plots.compile_facts(plots.pd.DataFrame(compiled_facts())))
+    assert any("1024×14×14" in line for line in shown["scaling"])
+    assert any("32 × C × 14×14" in line for line in shown["channels"])
+    assert {"failed", "best", "heuristic"} <= shown["landscape"]
+    assert {"1.00", "1.07", "2.00"} <= shown["memory"]
+    assert "not measured" in shown["host"]
+    assert any("512x784" in line for line in shown["tuned"])
+    assert {"60.0 ms, 2133 images/s", "50.0 ms, 2560 images/s"} <= shown["step"]
+    assert {f"{name}: time / that of “{first}”" for name, first in (
+        ("stages", "1 stage"), ("streamed", "split"), ("waves", "depth 1"),
+    )} <= shown["comparisons"]  # fmt: skip
+    assert {"1 a processor", "4 a processor"} <= shown["waits"]
+    assert "not timings" in "".join(
+        texts(plots.compile_facts(plots.pd.DataFrame(compiled_facts())))
+    )
+    plots.plt.close("all")
+
+
+def test_what_tuning_bought_is_the_heuristics_time_over_the_best(folder: Path) -> None:
+    data = plots.load(folder)
+    shown = texts(plots.tuned(data))
+    timed = data.search[data.search["status"] == "timed"]
+    for _, rows in timed.groupby("problem"):
+        gain = rows[rows["heuristic"]]["median_ms"].min() / rows["median_ms"].min()
+        assert f"{gain:.2f}" in shown
+    plots.plt.close("all")
+
+
+def test_the_best_plan_and_the_heuristics_are_framed_where_they_are(folder: Path) -> None:
+    data = plots.load(folder)
+    figure = plots.landscape(data)
+    axis = figure.axes[0]
+    rows = plots._cells(data.search.rename(columns=lambda name: name.removeprefix("transform_")))
+    rows = rows[rows["problem"] == axis.get_title(loc="left")]
+    names, warps = plots._axes_of(rows)
+    for name, style in plots.FRAMES.items():
+        (row,) = [row for _, row in rows[rows[name]].iterrows()]
+        (frame,) = [
+            patch
+            for patch in axis.patches
+            if plots.matplotlib.colors.same_color(patch.get_edgecolor(), style["ec"])
+        ]
+        x, y = frame.get_center()
+        assert (round(x), round(y)) == (warps.index(row["warps"]), names.index(row["cell"]))
+    plots.plt.close("all")
+
+
+@pytest.mark.parametrize("name", ["bandwidth", "scaling", "channels", "size"])
+def test_a_legend_of_many_providers_lies_inside_its_picture_and_off_the_axes(
+    name: str, folder: Path
+) -> None:
+    data = plots.load(folder)
+    more = [
+        data.rows[data.rows["provider"] == OURS].assign(provider=f"a provider of {n} words")
+        for n in range(4)
+    ]
+    figure = plots.PLOTS[name](replace(data, rows=plots.pd.concat([data.rows, *more])))
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) >= 9
+    box, page = legend.get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+    assert not any(box.overlaps(a.get_tightbbox()) for a in figure.axes if a.get_visible())
+    assert not box.overlaps(figure._suptitle.get_window_extent())
     plots.plt.close("all")
 
 
@@ -597,16 +712,25 @@ def test_what_did_not_pass_or_is_older_is_neither_drawn_nor_summed_up(folder: Pa
             row |= {"fingerprint": "older", "time": "2000-01-01T00:00:00Z"}
     results.search = []
     results.save()
-    rows, searched = plots.load(folder)
-    assert not {OURS, "torch.compile"} & set(rows["provider"])
-    assert all(target.measured is None for target in summary.targets(rows))
-    for plot in (plots.speedup, plots.landscape):
+    data = plots.load(folder)
+    assert not {OURS, "torch.compile"} & set(data.rows["provider"])
+    assert all(target.measured is None for target in summary.targets(data.rows))
+    for plot in (plots.speedup, plots.landscape, plots.tuned):
         with pytest.raises(plots.NoData):
-            plot(rows, searched)
+            plot(data)
+
+
+def test_every_picture_may_have_no_data(tmp_path: Path) -> None:
+    data = plots.load(tmp_path)
+    for plot in plots.PLOTS.values():
+        with pytest.raises(plots.NoData):
+            plot(data)
+    assert summary.tables(data) == ""
 
 
 def test_the_summary_holds_targets_against_what_was_measured(folder: Path) -> None:
-    rows, _ = plots.load(folder)
+    data = plots.load(folder)
+    rows = data.rows
     found = {target.what: target for target in summary.targets(rows)}
     copy = found["forward / copy, resident, worst shape"]
     assert copy.measured == pytest.approx(1.1)
@@ -621,10 +745,13 @@ def test_the_summary_holds_targets_against_what_was_measured(folder: Path) -> No
     assert eager.met is False
     assert found["ResNet-50 step, torch / triton_bn"].measured == pytest.approx(60 / 45)
     assert found["ResNet-50 step, torch.compile / triton_bn + compile"].measured is None
-    assert found["host time / torch eager's, small tensor"].measured is None
+    host = found["host time / torch eager's, small tensor"]
+    assert host.measured == pytest.approx(1.1 / 1.8)
     assert found["kept for backward in tensors, bn+relu"].measured == 1.0
     assert found["kept for backward in tensors, bn+add+relu"].met
-    text = summary.table(rows)
+    text = summary.tables(data)
+    assert "| 256 | 4 | 3.96 | 1.00 | 4.00 |" in text
+    assert "| 256x256x56x56 contiguous bn forward | streamed | " in text
     assert "| ResNet-50 step, torch.compile / triton_bn + compile | ≥ 1.00 |  |  |  |" in text
     assert "| forward / copy, resident, worst shape | ≤ 1.15 | 1.10 | yes |" in text
 
@@ -661,33 +788,293 @@ def test_a_stage_that_fails_or_hangs_costs_no_other_its_results(
 ) -> None:
     monkeypatch.setattr(visit, "PATIENCE", 1.0)
     plan = (
-        stage("fails", "import sys; print('the reason'); sys.exit(3)"),
+        stage("fails", "import sys; print('the reason'); sys.exit(1)"),
         stage("hangs", STUBBORN, share=0.2),
         stage("works", "print('limit {}')"),
     )
-    failed, hung, worked = visit.perform(plan, seconds=20)
-    assert (failed.result, failed.tail) == ("exit code 3", "the reason")
+    said: list[str] = []
+    looked: list[int] = []
+    failed, hung, worked = visit.perform(
+        plan, seconds=20, said=said.append, meanwhile=lambda: looked.append(len(said))
+    )
+    assert (failed.result, failed.tail) == ("exit code 1", "the reason")
     assert hung.result == "stopped at its limit"
     assert hung.tail.startswith("so far")
     assert hung.seconds < 10
+    assert looked.count(said.index("so far") + 1) >= 1, "what was said must be seen while it runs"
     assert worked.result == "done"
     assert 2 <= int(worked.tail.split()[1]) <= 8
-    page = visit.report("A GPU", [failed, hung, worked], "| what | target |")
+    page = visit.report("A GPU", [failed, hung, worked], ["| what | target |"])
     assert "| hangs | stopped at its limit |" in page
     assert "the reason" in page
     assert "| what | target |" in page
 
 
-def test_a_visit_fits_in_ten_minutes_and_eight_files() -> None:
-    left = 570.0
-    for each in visit.stages(Path("results")):
-        limit = int(each.share * left)
-        command = each.command(limit)
-        if "--budget" in command:  # ends by itself before it would be ended
-            assert int(command[command.index("--budget") + 1]) < limit
-        left -= limit
-    assert left > 0
-    assert len(visit.FILES) <= 8
+def test_a_stage_whose_gpu_context_broke_goes_on_in_a_new_process(tmp_path: Path) -> None:
+    code = """
+import pathlib, sys
+path = pathlib.Path(r"PATH")
+path.write_text((path.read_text() if path.exists() else "") + "x")
+print("run", len(path.read_text()))
+sys.exit(3 if len(path.read_text()) < 3 else 0)
+"""
+    plan = [stage("breaks", code.replace("PATH", str(tmp_path / "runs")))]
+    (outcome,) = visit.perform(plan, seconds=60, said=lambda line: None)
+    assert outcome.result == "done"
+    assert outcome.tail.split("\n") == ["run 1", "run 2", "run 3"]
+
+
+def test_a_visit_ends_in_its_time_whichever_part_it_is_for() -> None:
+    for chosen in (visit.stages(Path("results/gpu")), *zip(visit.stages(Path("results/gpu")))):
+        left = 540.0
+        for each in chosen:
+            limit = int(min(each.share * left, left - visit.PATIENCE))
+            command = each.command(limit)
+            if "--budget" in command:  # ends by itself before it would be ended
+                assert 0 < int(command[command.index("--budget") + 1]) < limit
+            left -= limit + visit.PATIENCE
+        assert left >= 0
+    assert len(visit.FILES) <= 7
+
+
+def visited(folder: Path, *argv: str) -> int:
+    parser = argparse.ArgumentParser()
+    visit.add_arguments(parser)
+    return visit.visit(
+        parser.parse_args([*argv, "--results", str(folder)]), "A GPU", folder / "a-gpu"
+    )
+
+
+def test_a_visit_hands_over_what_each_part_found_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    results, out = tmp_path / "results", tmp_path / "out"
+
+    def stages(folder: Path) -> tuple[visit.Stage, ...]:
+        write = "import pathlib; pathlib.Path(r'{}').write_text('found'); print('said')"
+        return (
+            stage("bench", write.replace("{}", str(folder / "bench.csv"))),
+            stage("search", write.replace("{}", str(folder / "plans.json")) + "; 1/0"),
+        )
+
+    monkeypatch.setattr(visit, "stages", stages)
+    assert visited(results, "--part", "bench") == 0
+    assert {path.name for path in out.iterdir()} == {"visit.md", "visit.log", "bench.csv"}
+    assert visited(results, "--part", "bench", "search") == 1
+    assert {path.name for path in out.iterdir()} <= {*visit.FILES}
+    assert (out / "plans.json").read_text() == "found"
+    assert "| search | exit code 1 |" in (out / "visit.md").read_text()
+    log = (out / "visit.log").read_text()
+    assert log.count("====") == 2, "a second visit goes on in the first one's log"
+    assert "ZeroDivisionError" in log
+    assert "ZeroDivisionError" in capsys.readouterr().out
+
+
+#: Tests as they are on a GPU: one that needs none, some that do, a file that cannot be collected.
+SUITE = {
+    "test_a.py": """
+import pytest
+@pytest.fixture(params=["reference", "kernels"])
+def path(request): return request.param
+@pytest.fixture
+def device(): return "cpu"
+def test_needs_no_gpu(): assert False
+def test_of_both(path): assert path == "kernels"
+@pytest.mark.parametrize("i", range(4))
+def test_right(device, i): pass
+def test_wrong(device): assert 1 == 2, "the reason"
+def test_breaks(device): raise RuntimeError("CUDA error: an illegal memory access")
+def test_streamed(device): pass
+""",
+    "test_b.py": "import no_such_module_anywhere",
+}
+
+
+def test_the_tests_of_a_visit_leave_their_results_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("xdist")
+    for name, text in SUITE.items():
+        (tmp_path / name).write_text(text)
+    path = tmp_path / "tests.json"
+    (options,) = [stage for stage in visit.stages(tmp_path / "gpu") if stage.name == "tests"]
+    command = [*options.command(600)[:-1], "-o", "addopts=", str(tmp_path)]
+    command[command.index("--visit") + 1] = str(path)
+    command[command.index("-n") + 1] = "1"
+
+    def pytest_run(command: list[str]) -> list[str]:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=visit.ROOT, timeout=120)
+        return done.stdout.splitlines()
+
+    lines = pytest_run(command)
+    assert "FAILED" in "".join(lines)
+    assert any("test_wrong: AssertionError: the reason" in line for line in lines)
+    rows = pytest_visit.read(path)
+    outcomes = {row["test"].rpartition("::")[2]: row["outcome"] for row in rows}
+    right = {"test_of_both[kernels]", "test_streamed", *(f"test_right[{n}]" for n in range(4))}
+    assert {name for name, outcome in outcomes.items() if outcome == "passed"} == right
+    failed = {name for name, outcome in outcomes.items() if outcome == "failed"}
+    assert {"test_wrong", "test_breaks"} <= failed
+    assert any(name.endswith("test_b.py") for name in failed)
+    assert next(name for name in outcomes if ".py" not in name) == "test_streamed", "telling first"
+    path.write_text(path.read_text() + '{"test": "cut o')
+    at = command.index("-n")
+    pytest_run([*command[:at], *command[at + 6 :]])  # without xdist
+    again = {row["test"].rpartition("::")[2] for row in pytest_visit.read(path)[len(rows) :]}
+    assert not again & right
+    assert {"test_wrong", "test_breaks"} <= again
+
+
+# ---- A/B comparisons and waits -------------------------------------------------------------------
+
+
+def test_every_question_asks_for_plans_that_there_are() -> None:
+    """Under each choice, forward and backward, unless the driver or the field is not there (yet)."""
+    device, asked = DEVICES["H100"], 0
+    for question in ab.QUESTIONS:
+        assert len(question.providers) > 1
+        assert all(case.question == question.name for case in question.cases)
+        for case in question.cases:
+            for problem in search.problems_of(case):
+                for provider in question.providers:
+                    choice = provider.inside.args[0] if provider.build is providers.ours else None
+                    if problem.direction in case.measures and choice is not None:
+                        usual = heuristic(problem, device)
+                        if question.name == "stages":  # no candidates, but the usual plan's tiles
+                            continue
+                        plan = choice(problem, device, usual)
+                        assert plan == usual or plan in candidates(problem, device)
+                        asked += 1
+    assert asked >= 40
+
+
+@pytest.mark.skipif(not launch.interpreting(), reason="CPU tensors meet no plan otherwise")
+def test_a_question_leaves_rows_beside_the_benchmarks(tmp_path: Path) -> None:
+    case = replace(CASE, measures=("forward",))
+    chosen = [ab.under(name, partial(providers.of_driver, name)) for name in ("split", "resident")]
+    lab = replace(lab_of(FakeClock({})), providers=chosen)
+    run([case], Results(tmp_path), lab_of(FakeClock({})))
+    run([replace(case, question="drivers")], Results(tmp_path), lab)
+    data = plots.load(tmp_path)
+    assert set(data.rows["provider"]) == {COPY, OURS, TORCH}
+    assert {provider: plan.split(":")[0] for provider, plan in zip(
+        data.ab["provider"], data.ab["plan"], strict=True
+    )} == {COPY: "", "split": "forward split", "resident": "forward resident"}  # fmt: skip
+
+
+@contextmanager
+def alternating(impatient: bool = False) -> Iterator[None]:
+    """Programs of a launch in turn, in Triton's interpreter: each has a thread, which goes on from one
+    atomic to the next while the others stand still, in an order by chance. ``impatient``: who waits
+    sees what it waits for.
+    """
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
+    call, rmw, chance = executor.__call__, builder.create_atomic_rmw, random.Random(0)
+
+    def in_turn(self: Any, *arguments: Any, **options: Any) -> None:
+        (programs,) = self.grid
+        ready, alive, errors = (
+            [threading.Semaphore(0) for _ in range(programs)],
+            [*range(programs)],
+            [],
+        )
+        named = {name: options[name] for name in self.arg_names if name in options}
+        values = dict(zip(self.arg_names, arguments, strict=False)) | named
+        values = {
+            name: value if name in self.constexprs else interpreter._implicit_cvt(value)
+            for name, value in values.items()
+        }
+
+        def go(program: int) -> None:
+            builder.set_grid_idx(program, 0, 0)
+            ready[program].release()
+
+        def body(program: int) -> None:
+            ready[program].acquire()
+            try:
+                self.fn(**values)
+            except Exception as error:
+                errors.append(error)
+            alive.remove(program)
+            if alive:
+                go(chance.choice(alive))
+
+        def atomic(op: Any, pointer: Any, value: Any, mask: Any, sem: Any, scope: Any) -> Any:
+            me = int(builder.grid_idx[0])
+            following = chance.choice(alive)
+            if following != me:
+                go(following)
+                ready[me].acquire()
+            old = rmw(op, pointer, value, mask, sem, scope)
+            if impatient and not value.data.any():
+                old.data = old.data + 1_000
+            return old
+
+        builder.create_atomic_rmw = atomic
+        builder.set_grid_dim(programs, 1, 1)
+        patched = interpreter._patch_lang(self.fn)
+        try:
+            threads = [
+                threading.Thread(target=body, args=(n,), daemon=True) for n in range(programs)
+            ]
+            for thread in threads:
+                thread.start()
+            go(0)
+            for thread in threads:
+                thread.join(60)
+        finally:
+            patched.restore()
+            del builder.create_atomic_rmw
+        assert not errors, errors
+        assert not alive
+
+    executor.__call__ = in_turn
+    try:
+        yield
+    finally:
+        executor.__call__ = call
+
+
+@pytest.mark.skipif(not launch.interpreting(), reason="the GPU runs it in test_gpu.py")
+@pytest.mark.parametrize("gang", [2, 8])
+def test_programs_that_wait_for_one_another_read_what_all_have_published(gang: int) -> None:
+    with alternating():
+        assert wait.rounds(gang, 3, 5, torch.device("cpu")).tolist() == [0] * 3 * gang
+
+
+@pytest.mark.skipif(not launch.interpreting(), reason="breaks the interpreter's atomics")
+def test_a_wait_that_does_not_wait_is_found_out() -> None:
+    with alternating(impatient=True):
+        assert wait.rounds(4, 1, 5, torch.device("cpu")).sum() > 0
+
+
+def test_a_wait_is_the_difference_of_many_rounds_and_few() -> None:
+    clock = iter([9.0, 9.0, *([0.5, 2.5] * 3)])
+    found = wait.measure_one(1, 1, torch.device("cpu"), lambda run: next(clock), repeats=3)
+    assert found == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_waits_are_measured_for_all_gangs_that_fit_and_once(tmp_path: Path) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def one(gang: int, gangs: int, device: torch.device) -> tuple[float, float, float]:
+        asked.append((gang, gangs))
+        if gang == 8:
+            raise RuntimeError("too many programs")
+        return 1.0, 0.5, 2.0
+
+    wait.measure_all(Results(tmp_path), DEVICES["H100"], one=one, say=lambda line: None)
+    assert asked[:7] == [(gang, 132 // gang) for gang in (2, 4, 8, 16, 32, 64, 128)]
+    assert asked[7:] == [(gang, 528 // gang) for gang in wait.GANGS]
+    rows = Results(tmp_path).waits
+    assert {row["status"] for row in rows if row["gang"] == 8} == {
+        "RuntimeError: too many programs"
+    }
+    assert {row["us"] for row in rows if row["gang"] != 8} == {1.0}
+    asked.clear()
+    wait.measure_all(Results(tmp_path), DEVICES["H100"], one=one, say=lambda line: None)
+    assert asked == []
 
 
 @pytest.mark.gpu

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from oracle import Path
 from torch import Tensor
+
+pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
+
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 

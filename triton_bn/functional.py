@@ -27,6 +27,8 @@ def batch_norm(
 ) -> Tensor:
     """``activation(F.batch_norm(input, ...) + residual)``, fused.
 
+    The formula is that of :class:`triton_bn.BatchNorm2d`: one mean, variance, weight and bias a channel.
+
     Args:
         input: (N, C, *), of float16, bfloat16, float32 or float64, in any memory format.
         running_mean, running_var: (C,). With ``training`` they are advanced in place (or both ``None``);
@@ -36,7 +38,7 @@ def batch_norm(
         momentum: the weight of this batch in the running statistics.
         eps: added to the variance.
         residual: added before the activation, as PyTorch's ``+`` would add it.
-        activation: a name (see :data:`triton_bn.problem.ACTIVATIONS`) or an :class:`Activation`.
+        activation: a name or an :class:`triton_bn.Activation`, which lists them.
 
     Returns:
         A tensor of the input's shape, dtype and memory format.
@@ -44,6 +46,15 @@ def batch_norm(
     Raises:
         ValueError, RuntimeError, NotImplementedError, IndexError: what F.batch_norm raises, in its
             words (:func:`triton_bn.problem.check`); nothing has been changed then.
+
+    Example:
+        >>> import torch, triton_bn
+        >>> x, mean, var = torch.randn(8, 3, 5, 5), torch.zeros(3), torch.ones(3)
+        >>> y = triton_bn.functional.batch_norm(x, mean, var, training=True, activation="relu")
+        >>> y.shape
+        torch.Size([8, 3, 5, 5])
+        >>> bool(mean.any())  # the running statistics have advanced
+        True
     """
     if momentum is None:
         raise TypeError("batch_norm(): argument 'momentum' must be float, not None")

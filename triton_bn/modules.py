@@ -51,7 +51,15 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``activation(bn(input) + residual)``: of the input's shape (N, C, *), dtype and memory format."""
+        """``activation(bn(input) + residual)``.
+
+        Args:
+            input: (N, C, *).
+            residual: added before the activation, as PyTorch's ``+`` would add it.
+
+        Returns:
+            A tensor of the input's shape, dtype and memory format.
+        """
         self._check_input_dim(input)
         return self._run(input, residual)
 
@@ -86,8 +94,17 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
                 :class:`triton_bn.plan.Device`. By default where the input is; a CPU tensor's plan is that
                 of Triton's interpreter.
 
+        Returns:
+            A :class:`triton_bn.plan.Plans`: ``print`` it, or take ``forward``, ``backward``, ``as_rows()``.
+
         Raises:
             ValueError, RuntimeError, TypeError: what a call with this input raises; an unknown ``device``.
+
+        Example:
+            >>> import torch, triton_bn
+            >>> x = torch.empty(32, 256, 7, 7, dtype=torch.bfloat16, device="meta")
+            >>> print(triton_bn.BatchNorm2d(256, activation="relu").plan(x, device="H200").forward)
+            resident: 8 channels a program, 8 x [4, 512], 8 warps (heuristic)
         """
         require_tensor("input", input)
         self._check_input_dim(input)
@@ -115,6 +132,12 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
     def tune(self, input: Tensor, residual: Tensor | None = None, *, again: bool = True) -> Report:
         """Times every candidate plan for this input on scratch tensors, and remembers the fastest.
 
+        The layer, its statistics and gradients, and the input stay as they were.
+
+        Args:
+            input, residual: what the layer is called with, (N, C, *), on a GPU.
+            again: search even what has been searched before.
+
         Returns:
             The table of candidates with their times, printable, for each problem of forward and backward.
 
@@ -138,19 +161,114 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
 
 
 class BatchNorm1d(_Fused, nn.BatchNorm1d):
-    """``torch.nn.BatchNorm1d`` for (N, C) and (N, C, L), with an activation and a residual behind it."""
+    """``torch.nn.BatchNorm1d``: :class:`BatchNorm2d` for (N, C) and (N, C, L).
+
+    Every channel c is normalized by the mean and the variance of its N values ``x[:, c]``, or N·L values
+    ``x[:, c, :]``. The formula, the arguments and the errors are those of :class:`BatchNorm2d`.
+
+    Shape:
+        - input, output, residual: (N, C) or (N, C, L)
+        - weight, bias, running_mean, running_var: (C,)
+
+    Example:
+        >>> import torch, triton_bn
+        >>> bn = triton_bn.BatchNorm1d(100, activation="gelu")
+        >>> bn(torch.randn(20, 100)).shape
+        torch.Size([20, 100])
+        >>> bn(torch.randn(20, 100, 35)).shape
+        torch.Size([20, 100, 35])
+    """
 
 
 class BatchNorm2d(_Fused, nn.BatchNorm2d):
-    """``torch.nn.BatchNorm2d`` for (N, C, H, W), with an activation and a residual behind it."""
+    """``torch.nn.BatchNorm2d``, fused with the residual add and the activation behind it.
+
+    Every channel is normalized on its own. Channel c has one mean and one variance, taken over all other
+    dimensions, that is over its M = N·H·W values ``x[:, c, :, :]``, and one γ and one β::
+
+        mean[c]       = Σ_nhw x[n, c, h, w] / M
+        var[c]        = Σ_nhw (x[n, c, h, w] − mean[c])² / M
+        y[n, c, h, w] = act(γ[c] · (x[n, c, h, w] − mean[c]) / √(var[c] + eps) + β[c] + residual[n, c, h, w])
+
+    So mean, variance, γ (``weight``) and β (``bias``) are vectors of length C: not H·W of them, nor C·H·W.
+
+    In training the mean and the variance are those of the batch. They are found by Welford's method: counts,
+    means and sums of squared distances of parts of the channel, merged by Chan's rule, so that nothing
+    cancels however far the mean is from 0. The running statistics, also of length C, then advance::
+
+        running_mean ← (1 − momentum) · running_mean + momentum · mean
+        running_var  ← (1 − momentum) · running_var  + momentum · var · M / (M − 1)
+
+    In evaluation they are what is normalized by. The moments, the transform by γ and β, the residual and the
+    activation are one operation, whose results in between never go through memory. Backward keeps x, 2·C
+    numbers and, where there is an activation behind a residual, one bit a value (relu, relu6, leaky_relu) or
+    the residual (the others).
+
+    Names, defaults, buffers, ``state_dict`` and errors are those of PyTorch's layer (Ioffe and Szegedy, *Batch
+    Normalization*, 2015; Welford, 1962; Chan, Golub and LeVeque, 1979).
+
+    Args:
+        num_features: C, the number of channels.
+        eps: added to the variance.
+        momentum: the weight of the newest batch in the running statistics; ``None``: their average over all
+            batches.
+        affine: have a weight and a bias. They start at 1 and 0.
+        track_running_stats: have running statistics; without, evaluation normalizes by the batch, too.
+        device, dtype: of parameters and buffers.
+        bias: with ``affine``, have a bias.
+        activation: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"hardswish"``, ``"gelu"``, ``"elu"``,
+            ``"mish"``, ``"sigmoid"``, ``"tanh"``, an :class:`Activation` for one with a parameter, or ``None``.
+
+    Shape:
+        - input, output, residual: (N, C, H, W), contiguous, channels_last or with other strides; float16,
+          bfloat16, float32 or float64. The output has the input's dtype and memory format.
+        - weight, bias, running_mean, running_var: (C,)
+
+    Raises:
+        ValueError: one value a channel in training; an input that is not 4D; an unknown activation.
+        RuntimeError: an input whose number of channels is not ``num_features``; tensors whose devices or dtypes
+            do not fit together.
+        TypeError: a residual that is no tensor.
+
+    Example:
+        >>> import torch, triton_bn
+        >>> bn = triton_bn.BatchNorm2d(3)
+        >>> x = 5 + 2 * torch.randn(8, 3, 16, 16)
+        >>> y = bn(x)
+        >>> bool(y.mean(dim=(0, 2, 3)).abs().max() < 1e-5)  # one mean a channel: over N, H and W
+        True
+        >>> bn.weight.shape, bn.bias.shape, bn.running_mean.shape, bn.running_var.shape
+        (torch.Size([3]), torch.Size([3]), torch.Size([3]), torch.Size([3]))
+
+        With what follows a convolution in a residual network, in one go:
+
+        >>> bn = triton_bn.BatchNorm2d(3, activation="relu")
+        >>> y = bn(x, residual=x)  # relu(bn(x) + x)
+        >>> bool(y.min() >= 0)
+        True
+    """
 
 
 class BatchNorm3d(_Fused, nn.BatchNorm3d):
-    """``torch.nn.BatchNorm3d`` for (N, C, D, H, W), with an activation and a residual behind it."""
+    """``torch.nn.BatchNorm3d``: :class:`BatchNorm2d` for (N, C, D, H, W).
+
+    Every channel c is normalized by the mean and the variance of its N·D·H·W values ``x[:, c, :, :, :]``. The
+    formula, the arguments and the errors are those of :class:`BatchNorm2d`.
+
+    Shape:
+        - input, output, residual: (N, C, D, H, W)
+        - weight, bias, running_mean, running_var: (C,)
+
+    Example:
+        >>> import torch, triton_bn
+        >>> bn = triton_bn.BatchNorm3d(3, activation="silu")
+        >>> bn(torch.randn(2, 3, 4, 5, 6)).shape
+        torch.Size([2, 3, 4, 5, 6])
+    """
 
 
 class SyncBatchNorm(_Fused):
-    """``torch.nn.SyncBatchNorm`` for (N, C, *), with an activation and a residual behind it.
+    """``torch.nn.SyncBatchNorm``: :class:`BatchNorm2d` for (N, C, *), its batch shared by many processes.
 
     In training every process of ``process_group`` (the default group for ``None``) normalizes its part of
     the batch by the statistics of all parts, which may be of different sizes, or empty. Gradients of
@@ -168,6 +286,24 @@ class SyncBatchNorm(_Fused):
             where one of them raises before it has sent its moments (that one raises its own error). On a GPU
             the others, and ranks that disagree on the dtype, stop with a device assertion.
         ValueError: on every rank, where there is one value a channel on all of them together.
+
+    Args:
+        process_group: the processes that share a batch; ``None`` is the default group. The others are those of
+            :class:`BatchNorm2d`.
+
+    Shape:
+        - input, output, residual: (N, C, *), N of this process alone: it may differ, and be 0
+        - weight, bias, running_mean, running_var: (C,)
+
+    Example:
+        One process alone has the whole batch; under ``torchrun`` the same lines share it:
+
+        >>> import torch, triton_bn
+        >>> bn = triton_bn.SyncBatchNorm(4, activation="relu")
+        >>> bn(torch.randn(2, 4, 5)).shape
+        torch.Size([2, 4, 5])
+
+        A whole model's layers become synchronized by ``triton_bn.convert(model, sync=True)``.
     """
 
     #: The group that has been asked whether its ranks agree on num_features.

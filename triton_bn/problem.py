@@ -78,15 +78,37 @@ def without_hash(self: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation behind the normalization, as ``torch.nn.functional`` defines it.
+    """An activation behind the normalization, as ``torch.nn.functional`` defines it; for one without a
+    parameter its name is enough: ``activation="relu"``.
+
+    ==============  ==========================================  ====================
+    name            of z                                        parameter (default)
+    ==============  ==========================================  ====================
+    ``relu``        max(z, 0)
+    ``relu6``       min(max(z, 0), 6)
+    ``leaky_relu``  z where z > 0, else slope · z               negative_slope (0.01)
+    ``silu``        z · σ(z)
+    ``hardswish``   z · min(max(z + 3, 0), 6) / 6
+    ``gelu``        z · Φ(z), Φ the normal distribution's
+    ``elu``         z where z > 0, else α · (exp(z) − 1)        alpha (1.0)
+    ``mish``        z · tanh(log(1 + exp(z)))
+    ``sigmoid``     σ(z) = 1 / (1 + exp(−z))
+    ``tanh``        tanh(z)
+    ==============  ==========================================  ====================
 
     Args:
-        name: One of :data:`ACTIVATIONS`.
+        name: One of the above.
         parameter: ``negative_slope`` of ``"leaky_relu"``, ``alpha`` of ``"elu"``; ``None`` takes
             PyTorch's default. The others take none.
 
     Raises:
         ValueError: for a name that is not known, or a parameter that the activation does not take.
+
+    Example:
+        >>> import triton_bn
+        >>> bn = triton_bn.BatchNorm2d(64, activation=triton_bn.Activation("leaky_relu", 0.2))
+        >>> print(bn.activation)
+        leaky_relu(0.2)
     """
 
     name: str

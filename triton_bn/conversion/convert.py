@@ -120,9 +120,19 @@ class Report:
 def conversion_report(model: nn.Module) -> Report:
     """The report of the last :func:`convert` of ``model``. It is copied and pickled with the model.
 
+    ``print`` it, or take its ``rows``: of each layer its name, class before and after, what it was fused with,
+    and a note why it was left. ``replaced``, ``fused`` and ``left`` are some of the rows.
+
     Raises:
         TypeError: for what is no module.
         ValueError: for a model that is not converted.
+
+    Example:
+        >>> import triton_bn
+        >>> from torch import nn
+        >>> model = triton_bn.convert(nn.Sequential(nn.BatchNorm1d(3), nn.ReLU()))
+        >>> [(row.name, row.fused) for row in triton_bn.conversion_report(model).fused]
+        [('0', 'relu')]
     """
     require_module(model)
     report: Report | None = vars(model).get(_REPORT)
@@ -280,6 +290,20 @@ def convert(
     Raises:
         TypeError: for what is no module.
         ValueError: for a scripted or compiled model. Nothing has been changed then.
+
+    Example:
+        >>> import torch, triton_bn
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)  # it may be made before or after
+        >>> model = triton_bn.convert(model)
+        >>> print(triton_bn.conversion_report(model))
+        layer  was          is                     fused with  note
+        -----  -----------  ---------------------  ----------  ----
+        1      BatchNorm2d  triton_bn.BatchNorm2d  relu
+        1 layers: 1 replaced, 1 fused, 0 left
+        >>> model(torch.randn(2, 3, 9, 9)).shape
+        torch.Size([2, 8, 7, 7])
     """
     _require_convertible(model)
     layers = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
@@ -370,6 +394,15 @@ def revert(model: Model) -> Model:
         TypeError: for what is no module.
         ValueError: for a layer that was built with an activation, which torch.nn has no layer for.
             Nothing has been changed then.
+
+    Example:
+        >>> import triton_bn
+        >>> from torch import nn
+        >>> triton_bn.revert(triton_bn.convert(nn.Sequential(nn.BatchNorm1d(3), nn.ReLU())))
+        Sequential(
+          (0): BatchNorm1d(3, eps=1e-05, ...)
+          (1): ReLU()
+        )
     """
     require_module(model)
     changes: list[Change] = []

@@ -42,11 +42,22 @@ def tune(
         budget: seconds for all searches together.
         progress: show it on stderr.
 
+    Returns:
+        A :class:`triton_bn.tuning.results.Report`: ``print`` it for every candidate with its times, its
+        ``summary()`` for the best alone, or take ``as_rows()``.
+
     Raises:
         TypeError: for a model that is no module.
         RuntimeError: where no batch norm of this package ran on a GPU.
         TimeoutError: when another process has been tuning for too long.
         Interrupted: for Ctrl-C, after what was found has been stored.
+
+    Example:
+        On a GPU::
+
+            model = triton_bn.convert(torchvision.models.resnet50()).cuda().train()
+            images = torch.randn(128, 3, 224, 224, device="cuda")
+            print(triton_bn.tune(model, images).summary())
     """
     require_module(model)
     return search_all(_problems_of(model, inputs), again=again, budget=budget, progress=progress)

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 import triton_bn
 from perf.cases import Case
-from triton_bn import verbs
 from triton_bn.plan import Device, Plan, candidates
 from triton_bn.problem import Problem
+from triton_bn.tuning.resolve import choosing
 
 __all__ = [
     "COPY",
@@ -128,18 +128,15 @@ def ours(layer: Any, case: Case, x: Tensor) -> Norm:
     return run
 
 
-Resolve = Callable[[Problem, Tensor], Plan]
-
-
 @contextmanager
 def recorded(plans: dict[str, Plan]) -> Iterator[None]:
     """Collects the plans that run, by direction."""
 
-    def resolve(problem: Problem, x: Tensor) -> Plan:
-        plans[problem.direction] = plan = usual(problem, x)
+    def choose(problem: Problem, device: Device, usual: Callable[[], Plan]) -> Plan:
+        plans[problem.direction] = plan = usual()
         return plan
 
-    with _resolved_by(resolve) as usual:
+    with choosing(choose):
         yield
 
 
@@ -151,10 +148,7 @@ Choice = Callable[[Problem, Device, Plan], Plan]
 def planned(choice: Choice) -> Iterator[None]:
     """Every problem runs under the plan of this choice, which may raise :class:`Unsupported`."""
 
-    def resolve(problem: Problem, x: Tensor) -> Plan:
-        return choice(problem, Device.current(x.device), usual(problem, x))
-
-    with _resolved_by(resolve) as usual:
+    with choosing(lambda problem, device, usual: choice(problem, device, usual())):
         yield
 
 
@@ -165,16 +159,6 @@ def of_driver(driver: str, problem: Problem, device: Device, plan: Plan) -> Plan
         if other.driver == driver:
             return other
     raise Unsupported(f"no {driver} plan")
-
-
-@contextmanager
-def _resolved_by(resolve: Resolve) -> Iterator[Resolve]:
-    usual: Resolve = verbs._resolve
-    verbs._resolve = resolve  # type: ignore[assignment]
-    try:
-        yield usual
-    finally:
-        verbs._resolve = usual  # type: ignore[assignment]
 
 
 def converted(model: nn.Module) -> nn.Module:

@@ -17,10 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_bn import launch, route, verbs
+from triton_bn import launch, route
 from triton_bn.oracle import ACTIVATIONS, Bounded, activate, batch_norm, rounding, slope
 from triton_bn.plan import DEVICES, Device, Plan, candidates, heuristic
 from triton_bn.problem import Problem
+from triton_bn.tuning.resolve import choosing
 
 __all__ = [
     "ACTIVATIONS",
@@ -79,9 +80,9 @@ def path(
     else:
         assert route.use_kernels(torch.ones(1, device=device)), "nothing would run the kernels"
 
-    def resolve(problem: Problem, x: Tensor) -> Plan:
+    def chosen(problem: Problem, device: Device, _: Any) -> Plan:
         if path.plan is None and path.driver is None:
-            return heuristic(problem, Device.current(x.device))
+            return heuristic(problem, device)
         plans = candidates(problem, SMALL)
         plans = tuple(plan for plan in plans if plan.driver == path.driver) or plans
         plan = plans[(path.plan or 0) % len(plans)]
@@ -93,12 +94,11 @@ def path(
 
     usual = launch.run
     monkeypatch.setattr(launch, "run", run)
-    monkeypatch.setattr(verbs, "_resolve", resolve)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.empty(8, device=device).isnan().all(), "uninitialized memory is not poisoned"
     # Overflow to infinity is arithmetic as on a GPU, of which NumPy, under the interpreter, would warn.
-    with numpy.errstate(all="ignore"):
+    with choosing(chosen), numpy.errstate(all="ignore"):
         yield path
     torch.use_deterministic_algorithms(before)
 

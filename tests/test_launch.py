@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import direct
 import numpy
@@ -12,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_bn import launch, route, verbs
+from triton_bn import launch, route
 from triton_bn.functional import batch_norm
 from triton_bn.plan import DEVICES, Plan, Tile, candidates
 from triton_bn.problem import Problem
+from triton_bn.tuning.resolve import choosing
 
 #: A GPU as much smaller as the tensors here are: every driver is a candidate, programs are few.
 SMALL = replace(DEVICES["H100"], processors=1, cache=1 << 10)
@@ -64,19 +66,22 @@ def test_every_candidate_is_right(
     chosen: dict[str, list[Plan]] = {"forward": [], "backward": []}
     choice = 0
 
-    def resolve(problem: Problem, _: Tensor) -> Plan:
+    def choose(problem: Problem, *_: Any) -> Plan:
         chosen[problem.direction] = found = plans(problem)
         return found[choice % len(found)]
 
     monkeypatch.setattr(route, "use_kernels", lambda _: True)
-    monkeypatch.setattr(verbs, "_resolve", resolve)
 
     def run() -> dict[str, Tensor]:
         leaf = [t.detach().requires_grad_() for t in (x, weight, bias)]
         extra = None if added is None else added.detach().requires_grad_()
-        running = mean.clone(), var.clone()
-        y = batch_norm(leaf[0], *running, *leaf[1:], True, residual=extra, activation=activation)
-        gradients = torch.autograd.grad(y, [*leaf, *([] if extra is None else [extra])], dy)
+        running, options = (
+            (mean.clone(), var.clone()),
+            {"residual": extra, "activation": activation},
+        )
+        with choosing(choose):
+            y = batch_norm(leaf[0], *running, *leaf[1:], True, **options)
+            gradients = torch.autograd.grad(y, [*leaf, *([] if extra is None else [extra])], dy)
         names = ("y", "running_mean", "running_var", "dx", "dweight", "dbias", "dresidual")
         return dict(zip(names, (y.detach(), *running, *gradients), strict=False))
 

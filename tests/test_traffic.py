@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from typing import Any
 
 import oracle
 import pytest
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 from traffic import Bytes, Traffic, metered
 
-from triton_bn import launch, verbs
+from triton_bn import launch
 from triton_bn.functional import batch_norm
 from triton_bn.plan import DEVICES, Plan, candidates, channel_blocks, tile_channels
 from triton_bn.problem import Problem, canonical
+from triton_bn.tuning.resolve import choosing
 
 pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="counts in the interpreter")
 
@@ -57,12 +59,11 @@ def launched(
     """Runs forward and backward under one of the :func:`plans`: plan and launches by direction."""
     chosen: dict[str, Plan] = {}
 
-    def resolve(problem: Problem, _: Tensor) -> Plan:
+    def choose(problem: Problem, *_: Any) -> Plan:
         found = plans(problem)
         chosen[problem.direction] = found[choice % len(found)]
         return chosen[problem.direction]
 
-    monkeypatch.setattr(verbs, "_resolve", resolve)
     channels = x.shape[1]
     weight, bias = (
         torch.ones(channels, requires_grad=True),
@@ -70,7 +71,7 @@ def launched(
     )
     running = torch.zeros(channels), torch.ones(channels)
     added = torch.ones_like(x, requires_grad=True) if residual else None
-    with metered() as launches:
+    with choosing(choose), metered() as launches:
         y = batch_norm(
             x.requires_grad_(),
             *running,

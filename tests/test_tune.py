@@ -587,6 +587,38 @@ def test_recording_sees_what_is_already_known_and_searches_nothing(
     assert resolve.resolve(problem(49), GPU).source == "tuned now"
 
 
+def test_two_may_record_at_once_and_no_plan_is_lost(bench: Bench) -> None:
+    """They end in the order in which they began; meanwhile somebody finds a plan."""
+    known, other = resolve.resolve(FORWARD, GPU), problem(49)
+    first, second = memory.record(), memory.record()
+    seen_first = first.__enter__()
+    resolve.resolve(FORWARD, GPU)
+    seen_second = second.__enter__()
+    resolve.resolve(FORWARD, GPU)
+    bench.cost = lambda plan: 1.0
+    search.search(problem(98), GPU, progress=False)
+    first.__exit__(None, None, None)
+    resolve.resolve(other, GPU)
+    second.__exit__(None, None, None)
+    assert list(seen_first) == [(FORWARD, GPU)]
+    assert list(seen_second) == [(FORWARD, GPU), (other, GPU)]
+    assert resolve.resolve(FORWARD, GPU) is known
+    assert resolve.resolve(problem(98), GPU).source == "tuned now"
+
+
+def test_nothing_is_searched_for_a_plan_that_is_given(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_BN_TUNE", "1")
+    with resolve.use("split"), memory.record() as seen:
+        assert resolve.resolve(FORWARD, GPU).driver == "split"
+    assert list(seen) == [(FORWARD, GPU)]
+    with resolve.use("split"):
+        assert resolve.resolve(FORWARD, GPU).driver == "split"
+    assert bench.trials == []
+    assert resolve.resolve(FORWARD, GPU).source == "tuned now"
+
+
 def test_recording_ends_with_an_error(bench: Bench) -> None:
     known = resolve.resolve(FORWARD, GPU)
     with pytest.raises(RuntimeError), memory.record():

@@ -8,6 +8,7 @@ from triton_bn import functional
 from triton_bn.conversion.convert import conversion_report, convert, revert
 from triton_bn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from triton_bn.problem import Activation
+from triton_bn.tuning.resolve import use
 from triton_bn.tuning.tune import tune
 from triton_bn.version import __version__
 
@@ -23,4 +24,5 @@ __all__ = [
     "functional",
     "revert",
     "tune",
+    "use",
 ]

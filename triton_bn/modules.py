@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from triton_bn.functional import _batch_norm
-from triton_bn.plan import Device, Plans
-from triton_bn.problem import Activation, check, require_tensor
+from triton_bn.plan import Candidates, Device, Plans, candidates
+from triton_bn.problem import Activation, Problem, check, require_tensor
 from triton_bn.sync import Ranks, group_of
 from triton_bn.tuning.results import Report
 from triton_bn.tuning.tune import tune
-from triton_bn.verbs import plans
+from triton_bn.verbs import plans, problems
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm"]
 
@@ -106,6 +106,26 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             >>> print(triton_bn.BatchNorm2d(256, activation="relu").plan(x, device="H200").forward)
             resident: 8 channels a program, 8 x [4, 512], 8 warps (heuristic)
         """
+        return plans(self._problems(input, residual), self._device(input, device))
+
+    def candidates(
+        self, input: Tensor, residual: Tensor | None = None, *, device: Device | str | None = None
+    ) -> Candidates:
+        """The launch plans that this input's forward and backward may run by: ``print`` them.
+
+        :meth:`tune` times them, and inside ``with triton_bn.use(plan):`` the layer runs by one of them. The
+        arguments and errors are those of :meth:`plan`.
+        """
+        met, gpu = self._problems(input, residual), self._device(input, device)
+        return Candidates(gpu, met, candidates(met[0], gpu), candidates(met[1], gpu))
+
+    def _device(self, input: Tensor, device: Device | str | None) -> Device:
+        if isinstance(device, str):
+            return Device.named(device)
+        return device or Device.current(input.device)
+
+    def _problems(self, input: Tensor, residual: Tensor | None) -> tuple[Problem, Problem]:
+        """What a call with this input is to the kernels, forward and backward."""
         require_tensor("input", input)
         self._check_input_dim(input)
         mean, var, weight, bias = (
@@ -114,7 +134,7 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         )
         training = self._uses_batch_statistics() or self.running_mean is None
         check(input.to("meta"), mean, var, weight, bias, training, self.eps)
-        return plans(
+        return problems(
             input,
             training=self._uses_batch_statistics(),
             residual=residual is not None,
@@ -122,7 +142,6 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             cumulative=self.training
             and self.momentum is None
             and self.num_batches_tracked is not None,
-            device=Device.named(device) if isinstance(device, str) else device,
         )
 
     def _uses_batch_statistics(self) -> bool:

@@ -25,6 +25,7 @@ from triton_bn.problem import Problem, hash_once, without_hash
 
 __all__ = [
     "DEVICES",
+    "Candidates",
     "Device",
     "Plan",
     "Plans",
@@ -193,6 +194,7 @@ class Plan:
 SOURCES = {
     "disk": "the fastest of an earlier search on this GPU",
     "tuned now": "the fastest of a search by this process",
+    "given": "given by triton_bn.use",
     "shipped": "the fastest of a search on such a GPU, in the table that comes with the package",
 }
 
@@ -229,6 +231,25 @@ class Plans:
         lines = [str(self.device)]
         for problem, plan in zip(self.problems, (self.forward, self.backward), strict=True):
             lines += [str(problem), f"  {plan}"] + ([f"  why: {plan.why}"] if plan.why else [])
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a layer's call may be launched by, forward and backward, the heuristic's plan first: ``print`` it."""
+
+    device: Device
+    problems: tuple[Problem, Problem]
+    forward: tuple[Plan, ...]
+    backward: tuple[Plan, ...]
+
+    def __str__(self) -> str:
+        lines = [str(self.device)]
+        for problem, found in zip(self.problems, (self.forward, self.backward), strict=True):
+            lines.append(f"{problem}: {len(found)} plans")
+            for number, plan in enumerate(found):
+                source = "candidate" if number else "heuristic"
+                lines.append(f"  {number:3}  {replace(plan, source=source)}")
         return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from triton_bn import launch, reference, route
-from triton_bn.plan import Device, Plan, Plans
+from triton_bn.plan import Device, Plans
 from triton_bn.problem import FLOATING, Activation, Problem, canonical, describe
 from triton_bn.sync import DISAGREE, Ranks
 from triton_bn.tuning.resolve import resolve
@@ -25,14 +25,11 @@ __all__ = [
     "forward",
     "normalize",
     "plans",
+    "problems",
 ]
 
 Outputs = tuple[Tensor, Tensor, Tensor | None]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-def _resolve(problem: Problem, x: Tensor) -> Plan:
-    return resolve(problem, Device.current(x.device))
 
 
 def forward(
@@ -74,7 +71,7 @@ def forward(
         and running_mean is not None,
     )
     return launch.forward(
-        problem, _resolve(problem, x), x, weight, bias, running_mean, running_var,
+        problem, resolve(problem, Device.current(x.device)), x, weight, bias, running_mean, running_var,
         num_batches_tracked, residual, momentum, eps,
     )  # fmt: skip
 
@@ -101,7 +98,7 @@ def _forward_shared(
         problem, x = describe(
             x, training=False, residual=residual is not None, activation=activation, bits=bits
         )
-        plan = _resolve(problem, x)
+        plan = resolve(problem, Device.current(x.device))
         row = launch.row(problem, plan, x, tag)
     else:
         row = reference.row(x, tag)
@@ -153,7 +150,15 @@ def normalize(
         x, training=False, residual=residual is not None, activation=activation, bits=bits
     )
     return launch.normalize(
-        problem, _resolve(problem, x), x, mean, variance, weight, bias, residual, eps
+        problem,
+        resolve(problem, Device.current(x.device)),
+        x,
+        mean,
+        variance,
+        weight,
+        bias,
+        residual,
+        eps,
     )
 
 
@@ -201,8 +206,8 @@ def backward(
             bits=packed is not None,
         )
         return launch.backward(
-            problem, _resolve(problem, dy), dy, None if x is None else seen, stats, weight, bias,
-            residual, packed, needs, share,
+            problem, resolve(problem, Device.current(dy.device)), dy, None if x is None else seen, stats,
+            weight, bias, residual, packed, needs, share,
         )  # fmt: skip
     needs_x, needs_weight, needs_bias, needs_residual = needs
     kept = (stats, weight, bias, residual, packed, activation)
@@ -224,16 +229,15 @@ def backward(
     return dx if needs_x else None, dweight, dbias, dresidual if needs_residual else None
 
 
-def plans(
+def problems(
     x: Tensor,
     *,
     training: bool,
     residual: bool = False,
     activation: Activation | None = None,
     cumulative: bool = False,
-    device: Device | None = None,
-) -> Plans:
-    """The plans for an input (only its metadata counts) whose gradients are all wanted."""
+) -> tuple[Problem, Problem]:
+    """The problems, forward and backward, of an input (only its metadata counts), all gradients wanted."""
     bits = residual and activation is not None and activation.two_slopes
     problem, _ = describe(
         x,
@@ -247,8 +251,13 @@ def plans(
     behind = replace(
         problem, direction="backward", residual=residual and not bits, cumulative=False
     )
-    device = device or Device.current(x.device)
-    return Plans(device, (problem, behind), resolve(problem, device), resolve(behind, device))
+    return problem, behind
+
+
+def plans(problems: tuple[Problem, Problem], device: Device) -> Plans:
+    """The plans by which problems, forward and backward, run."""
+    forward, backward = problems
+    return Plans(device, problems, resolve(forward, device), resolve(backward, device))
 
 
 def absent(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -11,6 +11,7 @@ Files
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator, KeysView
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,6 +28,8 @@ __all__ = [
     "export_table",
     "fingerprint",
     "import_table",
+    "keep",
+    "note",
     "on_disk",
     "record",
     "store_of",
@@ -34,27 +37,53 @@ __all__ = [
     "untimed",
 ]
 
-#: The plans in use by problem and device.
+#: The plans in use by problem and device. While somebody records, another one stands here, so that every
+#: problem takes the slow way and leaves its key: the fast way needs no check for a recorder.
 memo: dict[tuple[Problem, Device], Plan] = {}
-recording = False
+
+#: What each :func:`record` that is under way has seen.
+_records: list[dict[tuple[Problem, Device], None]] = []
+_kept = memo
+_lock = threading.Lock()
 
 
 @contextmanager
 def record() -> Iterator[KeysView[tuple[Problem, Device]]]:
     """Collects what :func:`~triton_bn.tuning.resolve.resolve` is asked for, by any thread.
 
-    It is a live view, and each problem is there once.
-
-    Meanwhile nothing is searched, whatever the environment says. Not to be nested.
+    It is a live view, and each problem is there once. Meanwhile nothing is searched, whatever the environment
+    says. Several may record at once: each sees what is asked for while it does.
     """
-    # The memo is put aside, so that every problem takes the slow way and leaves its key: the fast
-    # way needs no check for a recorder.
-    global memo, recording
-    kept, memo, recording = memo, {}, True
+    global memo, _kept
+    seen: dict[tuple[Problem, Device], None] = {}
+    with _lock:
+        if not _records:
+            _kept = memo
+        _records.append(seen)
+        memo = {}
     try:
-        yield memo.keys()
+        yield seen.keys()
     finally:
-        memo, recording = kept, False
+        with _lock:
+            _records[:] = [other for other in _records if other is not seen]
+            if not _records:
+                memo = _kept
+
+
+def keep(problem: Problem, device: Device, plan: Plan) -> None:
+    """A plan that was found, for this process."""
+    with _lock:
+        memo[problem, device] = plan
+        if _records:
+            _kept[problem, device] = plan
+
+
+def note(problem: Problem, device: Device) -> bool:
+    """Tells whoever records of a problem; whether anybody does."""
+    records = tuple(_records)
+    for seen in records:
+        seen[problem, device] = None
+    return bool(records)
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -180,5 +209,7 @@ def import_table(path: str | Path) -> int:
     store = store_of(device)
     if not store.update(document.entries):
         raise OSError(f"{store.path} could not be written")
-    memo.clear()
+    with _lock:
+        memo.clear()
+        _kept.clear()
     return len(document.entries)

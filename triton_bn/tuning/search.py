@@ -217,7 +217,7 @@ def _remember(result: Result) -> None:
         "complete": result.complete,
     }
     memory.store_of(result.device).update({str(result.problem): entry})
-    memory.memo[result.problem, result.device] = with_source(best.plan, "tuned now")
+    memory.keep(result.problem, result.device, with_source(best.plan, "tuned now"))
 
 
 def _remembered(problem: Problem, device: Device) -> Result | None:
@@ -253,7 +253,7 @@ def search_once(problem: Problem, device: Device, *, again: bool = False, **opti
     with cache.lock(path, PATIENCE, until=lambda: known() is not None) as held:
         result = known()
         if result is not None and result.best is not None:
-            memory.memo[problem, device] = result.best.plan
+            memory.keep(problem, device, result.best.plan)
             return result
         if not held:
             raise TimeoutError(f"another process has been tuning for {PATIENCE:.0f} s")

@@ -671,10 +671,11 @@ def test_an_incomplete_search_is_taken_up_again(bench: Bench) -> None:
     assert (result.complete, result.best.plan) == (True, PLANS[-1])
 
 
+@pytest.mark.parametrize("value", ["fast", float("inf"), float("nan"), [[1]], None])
 @pytest.mark.parametrize("field", ["median", "runs", "p80"])
-def test_a_result_edited_by_hand_is_searched_again(bench: Bench, field: str) -> None:
+def test_a_result_edited_by_hand_is_searched_again(bench: Bench, field: str, value: object) -> None:
     search.search_all([(FORWARD, GPU)], progress=False)
-    edit(lambda data: data["entries"][str(FORWARD)].update({field: "fast"}))
+    edit(lambda data: data["entries"][str(FORWARD)].update({field: value}))
     (result,) = search.search_all([(FORWARD, GPU)], progress=False)
     assert len(result.rows) == len(PLANS)
 

@@ -10,7 +10,8 @@ What may be relied upon
     - A reader sees a whole file or none: writing goes to a temporary file beside it, which then
       takes its place.
     - Two writers lose nothing: each reads, merges and writes while it holds a lock of the operating
-      system. The lock ends with its process, so that no stale one is ever left.
+      system, and none writes without it. The lock ends with its process, so that no stale one is ever
+      left; the temporary file of a writer that was killed is removed by the next one.
     - A file that is corrupt, not ours or of another fingerprint is a miss, and the next write
       replaces it. Where the folder cannot be written, or the disk is full, what is there stays as
       it is. Either way there is one warning for a process and file, and never an exception.
@@ -18,6 +19,7 @@ What may be relied upon
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -42,6 +44,9 @@ FORMAT = "triton_bn cache 1"
 #: Seconds that a writer waits for other writers, who take milliseconds each.
 PATIENCE = 30.0
 
+#: Levels that a file's entries may be nested by. Some of what reads or writes them is recursive.
+LEVELS = 32
+
 
 @dataclass(frozen=True)
 class Document:
@@ -53,10 +58,10 @@ class Document:
 
 
 def folder() -> Path:
-    """Where files are kept: ``TRITON_BN_CACHE_DIR``, else within the user's cache folder."""
+    """Where files are kept: ``TRITON_BN_CACHE_DIR`` (``~`` is the home), else within the user's cache folder."""
     chosen = os.environ.get("TRITON_BN_CACHE_DIR")
     if chosen:
-        return Path(chosen)
+        return Path(os.path.expanduser(chosen))
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA")
     else:
@@ -97,8 +102,10 @@ def read(path: Path) -> Document:
     """
     try:
         data = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"not readable as JSON ({error})") from error
+    if _nested(data) > LEVELS:
+        raise ValueError(f"nested more than {LEVELS} levels deep")
     if (
         not isinstance(data, dict)
         or data.get("format") != FORMAT
@@ -108,6 +115,20 @@ def read(path: Path) -> Document:
     ):
         raise ValueError(f"not in the format {FORMAT!r}")
     return Document(data["fingerprint"], data["entries"], data["about"])
+
+
+def _nested(data: Any) -> int:
+    """How deep lists and objects are nested, counted up to one more than :data:`LEVELS`."""
+    levels, level = 0, [data]
+    while level and levels <= LEVELS:
+        inside = [each for each in level if isinstance(each, list | dict)]
+        level = [
+            value
+            for each in inside
+            for value in (each.values() if isinstance(each, dict) else each)
+        ]
+        levels += bool(inside)
+    return levels
 
 
 def write(path: Path, document: Document) -> None:
@@ -245,8 +266,15 @@ class Store:
     def update(self, entries: Mapping[str, Any]) -> bool:
         """Adds entries, replacing those of the same keys; whether they are on disk now."""
         assert self.fingerprint is not None
-        with lock(self.path.with_name(self.path.name + ".lock"), PATIENCE):
+        with lock(self.path.with_name(self.path.name + ".lock"), PATIENCE) as held:
+            if not held:
+                problem = f"another process has been writing for {PATIENCE:.0f} s"
+                warn_once(self.path, "write", f"not written, kept in memory only: {problem}")
+                return False
             try:
+                for abandoned in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.tmp"):
+                    with suppress(OSError):  # whoever wrote it without the lock is gone
+                        abandoned.unlink()
                 # A file that is there but cannot be read is not replaced: its entries may be sound.
                 merged = {**self._read(), **entries}
                 write(self.path, Document(self.fingerprint, merged, self.about))

@@ -229,9 +229,9 @@ def _remembered(problem: Problem, device: Device) -> Result | None:
     try:
         median, p20, p80 = (float(entry[key]) for key in ("median", "p20", "p80"))
         timing = Timing(median, p20, p80, int(entry["runs"]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
-    if plan is None:
+    if plan is None or not all(map(math.isfinite, (median, p20, p80))):
         return None
     return Result(problem, device, (Row(plan, "remembered", timing),), complete=True)
 

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "triton_bn"
 
 FLOORS = {
-    0: ["problem", "sync", "version", "tuning.cache", "conversion.rewrite", "inspection.binary"],
-    1: ["kernels", "reference", "oracle", "plan", "conversion.fuse"],
+    0: ["problem", "sync", "version", "tuning.cache", "conversion.derive", "inspection.binary"],
+    1: ["kernels", "reference", "oracle", "plan", "conversion.replace"],
     2: ["launch", "commands.arguments", "tuning.memory", "tuning.results"],
     3: ["tuning.search", "inspection.report", "route"],
     4: ["tuning.resolve", "tuning.tune"],
@@ -20,11 +20,13 @@ FLOORS = {
     7: ["operators"],
     8: ["functional"],
     9: ["modules"],
-    10: ["demo.lockstep", "conversion.convert"],
-    11: ["demo.digits", "demo.picture"],
-    12: ["demo.ddp", *(f"commands.{name}" for name in ("bench", "check", "demo", "info"))],
-    13: [f"commands.{name}" for name in ("inspect", "plan", "tune")],
-    14: ["__main__", "__init__"],
+    10: ["demo.lockstep", "conversion.fuse"],
+    11: ["demo.digits", "demo.picture", "conversion.rewrite"],
+    12: ["conversion.search"],
+    13: ["conversion.convert"],
+    14: ["demo.ddp", *(f"commands.{name}" for name in ("bench", "check", "demo", "info"))],
+    15: [f"commands.{name}" for name in ("inspect", "plan", "tune")],
+    16: ["__main__", "__init__"],
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names}
 KERNELS = sorted((PACKAGE / "kernels").glob("*.py"))

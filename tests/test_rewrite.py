@@ -1,8 +1,10 @@
-"""What may be read as a graph: straight-line code, and nothing that a graph would lose."""
+"""What of a source may be edited: plain functions whose source is surely what runs."""
 
 from __future__ import annotations
 
-import operator
+import ast
+import inspect
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -10,213 +12,178 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from triton_bn.conversion.rewrite import Refused, merged, rewritten, trace
+from triton_bn.conversion import rewrite
+from triton_bn.conversion.derive import Refused, merged
 
-
-class Options:
-    flag = True
-
-
-OPTIONS = Options()
+SCALE = 2.0
+ROLES = (("self.bn", "opens"), ("self.act", "activates"))
 
 
 def holder(forward: Callable[..., Any]) -> Any:
     class Module(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.child, self.missing, self.outputs, self.p = nn.Linear(2, 2), None, [], 0.5
-            self.children_ = nn.ModuleList([nn.Linear(2, 2), nn.ReLU()])
-            self.functions = [F.relu]
-
-        def helper(self, x: Tensor) -> Tensor:
-            return F.relu(x)
-
-        def branching_helper(self, x: Tensor) -> Tensor:
-            return x if x is None else F.relu(x)
+            self.bn, self.act = nn.BatchNorm1d(2), nn.ReLU()
 
     Module.forward = forward  # type: ignore[method-assign]
-    return Module()
-
-
-def asks_type(self: Any, x: Tensor) -> Tensor:
-    return F.relu(x) if isinstance(x, Tensor) else x
-
-
-def asks_none(self: Any, x: Tensor) -> Tensor:
-    return x if x is None else F.relu(x)
-
-
-def asks_membership(self: Any, x: Tensor) -> Tensor:
-    return F.relu(x) if x in (None, 1) else x
-
-
-def asks_class(self: Any, x: Tensor) -> Tensor:
-    return F.relu(x) if x.__class__ == Tensor else x
-
-
-def asks_attribute(self: Any, x: Tensor) -> Tensor:
-    return F.relu(x) if hasattr(x, "mask") else x
-
-
-def asks_torch(self: Any, x: Tensor) -> Tensor:
-    return F.relu(x) if torch.is_tensor(x) else x
-
-
-def asks_state(self: Any, x: Tensor) -> Tensor:
-    return F.relu(x) if torch.is_grad_enabled() else x
-
-
-def asks_option(self: Any, x: Tensor) -> Tensor:
-    return F.relu(x) if OPTIONS.flag else x
-
-
-def asks_childs_mode(self: Any, x: Tensor) -> Tensor:
-    return F.relu(x) if self.child.training else x
-
-
-def asks_mode(self: Any, x: Tensor) -> Tensor:
-    return F.relu(x) if self.training else x
-
-
-def scales_by_mode(self: Any, x: Tensor) -> Tensor:
-    return x * (self.p if self.training else 1.0)
-
-
-def asks_value(self: Any, x: Tensor) -> Tensor:
-    return F.relu(x) if x.sum() > 0 else x
-
-
-def asks_indirectly(self: Any, x: Tensor) -> Tensor:
-    return self.branching_helper(x)
-
-
-def asks_in_function(self: Any, x: Tensor) -> Tensor:
-    return asks_none(self, x)
-
-
-def in_context(self: Any, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return self.child(x)
-
-
-def catches(self: Any, x: Tensor) -> Tensor:
-    try:
-        return self.child(x)
-    except RuntimeError:
-        return x
-
-
-def defines(self: Any, x: Tensor) -> Tensor:
-    relu = lambda y: F.relu(y)  # noqa: E731
-    return relu(x)
-
-
-def comprehends(self: Any, x: Tensor) -> Tensor:
-    return torch.cat([child(x) for child in self.children_])
-
-
-def keeps(self: Any, x: Tensor) -> Tensor:
-    self.last = self.child(x)
-    return self.last
-
-
-def appends(self: Any, x: Tensor) -> Tensor:
-    self.outputs.append(x)
-    return self.child(x)
-
-
-def checkpoints(self: Any, x: Tensor) -> Tensor:
-    return checkpoint(self.child, x, use_reentrant=False)
-
-
-def from_a_list(self: Any, x: Tensor) -> Tensor:
-    for function in self.functions:
-        x = function(x)
-    return x
-
-
-def bypasses_call(self: Any, x: Tensor) -> Tensor:
-    return self.child.forward(x)
-
-
-def prints(self: Any, x: Tensor) -> Tensor:
-    print(x)
-    return self.child(x)
-
-
-def takes_more(self: Any, *inputs: Tensor) -> Tensor:
-    return self.child(*inputs)
-
-
-def divides_in_place(self: Any, x: Tensor) -> Tensor:
-    x //= 2
-    return x
-
-
-def makes_noise(self: Any, x: Tensor) -> Tensor:
-    return self.child(x) + torch.rand(2)
+    return Module
 
 
 @torch.no_grad()
 def decorated(self: Any, x: Tensor) -> Tensor:
-    return self.child(x)
+    return self.act(self.bn(x))
+
+
+def generates(self: Any, x: Tensor) -> Any:
+    yield self.act(self.bn(x))
+
+
+def asks_for_its_names(self: Any, x: Tensor) -> Any:
+    return locals()
+
+
+def private(self: Any, x: Tensor) -> Tensor:
+    return self.__bn(x)
+
+
+def no_arguments() -> None:
+    return None
+
+
+first, second = lambda self, x: self.bn(x), lambda self, x: self.act(x)
+
+
+def changed(self: Any, x: Tensor) -> Tensor:
+    return self.act(self.bn(x))
+
+
+changed.__code__ = changed.__code__.replace(co_names=("bn", "act"))
+
+generated: dict[str, Any] = {}
+exec("def forward(self, x):\n    return self.act(self.bn(x))", generated)
 
 
 @pytest.mark.parametrize(
-    "forward",
+    "function",
     [
-        asks_type, asks_none, asks_membership, asks_class, asks_attribute, asks_torch, asks_state,
-        asks_option, asks_childs_mode, asks_mode, scales_by_mode, asks_value, asks_indirectly,
-        asks_in_function, in_context, catches, defines, comprehends, keeps, appends, checkpoints,
-        from_a_list, bypasses_call, prints, takes_more, divides_in_place, makes_noise, decorated,
+        decorated, generates, asks_for_its_names, private, no_arguments, first, second, changed,
+        generated["forward"], torch.relu, staticmethod(changed),
     ],
+    ids=lambda function: getattr(function, "__name__", "staticmethod"),
 )  # fmt: skip
-def test_a_forward_that_a_graph_would_not_tell_is_refused(forward: Callable[..., Any]) -> None:
-    module = holder(forward)
-    before = dict(vars(module))
+def test_what_is_no_plain_function_with_its_source_is_left(function: Any) -> None:
     with pytest.raises(Refused):
-        trace(module)
-    assert vars(module) == before
-    assert module.outputs == []
+        rewrite.source(function)
 
 
-def straight(self: Any, x: Tensor, scale: float = 2.0) -> Tensor:
-    """Everything that passes."""
-    y = z = self.helper(self.child(x))
-    y += x * scale
-    if self.missing is not None:
-        y = self.missing(y)
-    for i, child in enumerate(self.children_):
-        y = child(y) if i < len(self.children_) else y
-    y = F.dropout(y, self.p, training=self.training)
-    assert isinstance(self.child, nn.Linear), f"{self.child}"
-    return torch.cat([y, z.relu(), self.children_[0](x)], dim=-1).view(x.size(0), -1)
+def outer(scale: float) -> Any:
+    class Base(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * scale * SCALE
+
+    class Module(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.act = nn.BatchNorm1d(2), nn.ReLU()
+
+        def forward(self, x: Tensor, *more: Tensor, factor: float = 1.0, **kw: Any) -> Tensor:
+            """What it does."""
+            y = self.act(self.bn(x))
+            return super().forward(y) * factor * scale
+
+    def change(value: float) -> None:
+        nonlocal scale
+        scale = value
+
+    return Module, change
 
 
-def test_a_straight_forward_is_read_and_written_again() -> None:
-    module = holder(straight)
-    graph = trace(module)
-    assert any(node.target is operator.iadd for node in graph.nodes)
-    assert [node.target for node in graph.nodes if node.op == "get_attr"] == ["training"]
-    x = torch.randn(3, 2)
-    original = type(module)
-    module.__class__ = rewritten(original, graph)
-    assert isinstance(module, original)
-    for mode in (True, False):
-        module.train(mode)
-        results = []
-        for forward in (original.forward, type(module).forward):
-            torch.manual_seed(0)
-            results.append(forward(module, x))
-        assert torch.equal(*results)
-    assert torch.equal(module(x, 3.0), original.forward(module, x, 3.0))
+def test_globals_closures_defaults_and_super_stay_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    cls, change = outer(3.0)
+    new = rewrite.rewritten(cls, (("forward", ROLES),))
+    assert rewrite.rewritten(cls, (("forward", ROLES),)) is new
+    assert new is not cls
+    stock, edited = cls(), new()
+    x = torch.randn(5, 2)
+    assert torch.equal(edited(x), stock(x))
+    change(5.0)
+    monkeypatch.setitem(globals(), "SCALE", 7.0)
+    assert torch.equal(edited(x, factor=2.0), stock(x, factor=2.0))
+    assert inspect.signature(new.forward) == inspect.signature(cls.forward)
+    assert inspect.getsource(new.forward) == inspect.getsource(cls.forward)
+    assert new.forward.__doc__ == "What it does."
 
 
-def test_equal_forwards_share_a_class() -> None:
-    module = holder(straight)
-    assert rewritten(type(module), trace(module)) is rewritten(type(module), trace(module))
+def test_an_error_shows_the_line_it_comes_from() -> None:
+    cls = holder(changed_line)
+    edited = rewrite.rewritten(cls, (("forward", ROLES),))()
+    edited.act = None
+    try:
+        edited(torch.randn(5, 2))
+    except TypeError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+    assert any(frame.line == "return self.act(x)" for frame in frames)
+
+
+def changed_line(self: Any, x: Tensor) -> Tensor:
+    x = self.bn(x)
+    return self.act(x)
+
+
+def edit(function: Any, **roles: str) -> str:
+    roles = {f"self.{name}": role for name, role in roles.items()}
+    tree = rewrite.Editor(rewrite.source(function), rewrite.Reader(roles)).tree
+    return ast.unparse(tree.body).replace("_triton_bn_fuse.", "")
+
+
+def block(self: Any, x: Tensor) -> Tensor:
+    identity = x
+    out = self.conv(x)
+    out = self.bn(out)
+    if self.down is not None:
+        identity = self.down(x)
+    out += identity
+    return self.act(out)
+
+
+def left(self: Any, x: Tensor) -> Tensor:
+    return F.relu(self.bn(x) + self.conv(x))
+
+
+def opaque(self: Any, x: Tensor) -> Tensor:
+    y = self.bn(x)
+    self.last = x
+    y = self.act(y)
+    for block in self.blocks:
+        y = block(y)
+    return y
+
+
+def test_calls_become_calls_that_fuse_and_nothing_else_changes() -> None:
+    assert edit(block, bn="opens", down="opens", act="activates") == (
+        "identity = x\n"
+        "out = self.conv(x)\n"
+        "out = call(self.bn, out)\n"
+        "if self.down is not None:\n"
+        "    identity = call(after(self.down, out), x)\n"
+        "out = add_in_place(out, identity)\n"
+        "return value(call(self.act, out))"
+    )
+    assert edit(left, bn="opens") == (
+        "return F.relu(value(add((_triton_bn_0 := call(self.bn, x)), "
+        "after(self.conv, _triton_bn_0)(x))))"
+    )
+    assert edit(opaque, bn="opens", act="activates") == (
+        "y = call(self.bn, x)\n"
+        "y = value(y)\n"
+        "self.last = x\n"
+        "y = self.act(y)\n"
+        "for block in self.blocks:\n"
+        "    y = block(y)\n"
+        "return y"
+    )
+    assert edit(block) == ast.unparse(rewrite.source(block).body)
 
 
 def test_a_class_that_pickles_in_its_own_way_is_not_subclassed() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
+from triton_bn.conversion.replace import LOCK, apply, replacements
 from triton_bn.functional import _batch_norm
 from triton_bn.plan import Candidates, Device, Plans, candidates
 from triton_bn.problem import Activation, Problem, check, require_tensor
@@ -60,10 +63,27 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         Returns:
             A tensor of the input's shape, dtype and memory format.
         """
-        self._check_input_dim(input)
-        return self._run(input, residual)
+        if not isinstance(input, Tensor):
+            return _recorded(self, input, residual)  # type: ignore[unreachable]
+        return self._fused(input, residual, self.activation)
 
-    def _run(self, input: Tensor, residual: Tensor | None, ranks: Ranks | None = None) -> Tensor:
+    def _fused(
+        self, input: Tensor, residual: Tensor | None, activation: Activation | None
+    ) -> Tensor:
+        """``activation(bn(input) + residual)``, whatever activation the layer was built with.
+
+        For callers that fuse what follows a layer (:mod:`triton_bn.conversion.fuse`).
+        """
+        self._check_input_dim(input)
+        return self._run(input, residual, activation)
+
+    def _run(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: Activation | None,
+        ranks: Ranks | None = None,
+    ) -> Tensor:
         training = self.training or (self.running_mean is None and self.running_var is None)
         track = self.training and self.track_running_stats
         use_buffers = track or not self.training
@@ -78,7 +98,7 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             self.momentum,
             self.eps,
             residual,
-            self.activation,
+            activation,
             ranks,
         )
 
@@ -354,18 +374,19 @@ class SyncBatchNorm(_Fused):
         if input.size(1) == 0:
             raise ValueError("SyncBatchNorm number of input channels should be non-zero")
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """``activation(bn(input) + residual)``: of the input's shape (N, C, *), dtype and memory format."""
+    def _fused(
+        self, input: Tensor, residual: Tensor | None, activation: Activation | None
+    ) -> Tensor:
         group = group_of(self.process_group) if self.training else None
         if group is None:
-            return super().forward(input, residual)
+            return super()._fused(input, residual, activation)
         own = (self.weight, self.bias, self.running_mean, input)
         device = next(tensor.device for tensor in own if tensor is not None)
         ranks = Ranks(group, self.num_features, device, self._agreed is not group)
         try:
             with ranks.together():
                 self._check_input_dim(input)
-                y = self._run(input, residual, ranks)
+                y = self._run(input, residual, activation, ranks)
             ranks.ask = False  # an operator asks by ranks of its own
         finally:
             # As soon as the ranks agree, whatever this one raises then: they must all know the same.
@@ -392,30 +413,53 @@ class SyncBatchNorm(_Fused):
     def convert_sync_batchnorm(
         cls, module: nn.Module, process_group: Any | None = None
     ) -> nn.Module:
-        """``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, to this layer.
+        """Makes every batch norm in a model this layer, in place, as :func:`triton_bn.convert` does.
+
+        Layers stay the same objects: what is shared, pruned, parametrized, lazy or has hooks stays so.
+        One that has a forward of its own is left, with a warning: it is not known what it computes.
 
         Args:
             module: a model with batch norm layers, or such a layer.
             process_group: the processes that are to share batches; ``None`` is all of them.
 
         Returns:
-            The module, its batch norm layers replaced (or the new layer). Each new one has the old one's
-            parameters and buffers themselves, and its activation.
+            ``module`` itself.
         """
-        converted = module
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            converted = cls(
-                module.num_features, module.eps, module.momentum, module.affine,
-                module.track_running_stats, process_group, "meta", bias=module.bias is not None,
-                activation=getattr(module, "activation", None),
-            )  # fmt: skip
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(converted, name, parameter)
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(converted, name, buffer)
-            converted.training = module.training
-            if hasattr(module, "qconfig"):
-                converted.qconfig = module.qconfig
-        for name, child in module.named_children():
-            converted.add_module(name, cls.convert_sync_batchnorm(child, process_group))
-        return converted
+        layers = {
+            m: n
+            for n, m in module.named_modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        }
+        with LOCK:
+            found = replacements(layers, TWINS, sync=cls, process_group=process_group, regroup=True)
+            apply([change for one in found.values() for change in one.changes])
+        left = [
+            f"{layers[m]!r} ({one.note})"
+            for m, one in found.items()
+            if not issubclass(one.after, cls)
+        ]
+        if left:
+            warnings.warn(
+                f"not synchronized, since they were left as they are: {', '.join(left)}",
+                stacklevel=2,
+            )
+        return module
+
+
+def _recorded(layer: _Fused, input: Any, residual: Any) -> Any:
+    """A call under torch.fx is recorded as one of PyTorch's own layers, which it does not look into."""
+    if not isinstance(input, Proxy):
+        return layer._fused(input, residual, layer.activation)
+    arguments = (input,) if residual is None else (input, residual)
+    tracer: Any = input.tracer
+    path = tracer.path_of_module(layer)
+    return tracer.create_proxy("call_module", path, arguments, {})
+
+
+#: The layers of torch.nn, and ours.
+TWINS: dict[type, type] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNorm,
+}

@@ -1,1 +1,1 @@
-"""``convert`` whole models: which layers become ours, what they may be fused with, how a forward is read."""
+"""``convert`` whole models: layers become ours in place, and who calls them fuses what follows."""

@@ -1,4 +1,4 @@
-"""``convert`` a whole model: stock batch normalization becomes ours, and takes up what follows it.
+"""``convert`` a whole model: stock batch normalization becomes ours, and is fused with what follows.
 
 A layer is converted by giving the very object another class, as PyTorch does when a lazy layer is
 materialised. So nothing of it can get lost: parameters, buffers and hooks are what they were, and
@@ -10,22 +10,31 @@ Everything is planned before anything is changed, and undone if a change fails h
 from __future__ import annotations
 
 import logging
-from collections.abc import MutableMapping
+import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from triton_bn import modules
-from triton_bn.conversion import fuse as fusion
-from triton_bn.conversion import rewrite
-from triton_bn.conversion.fuse import Change, Folded
-from triton_bn.conversion.rewrite import Refused
-from triton_bn.problem import Activation, require_module
+from triton_bn.conversion.derive import underneath
+from triton_bn.conversion.fuse import FusingBehind
+from triton_bn.conversion.replace import (
+    ABSENT,
+    FROM,
+    LOCK,
+    Behind,
+    Change,
+    apply,
+    rebased,
+    replacements,
+)
+from triton_bn.conversion.search import Search
+from triton_bn.modules import TWINS, SyncBatchNorm
+from triton_bn.problem import require_module
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -36,22 +45,11 @@ __all__ = ["Report", "Row", "conversion_report", "convert", "revert"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-#: The layers of torch.nn, and ours.
-TWINS: dict[type, Any] = {
-    getattr(nn, name): getattr(modules, name)
-    for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
-}
 STOCK = {ours: stock for stock, ours in TWINS.items()}
 OURS = tuple(STOCK)
 
-#: On a converted layer: the class to go back to. On a converted model: its report.
-_FROM, _REPORT = "_converted_from", "_conversion_report"
-
-#: Subclasses of torch.nn's layers that end with ``self.act(self.drop(...))``.
-_WITH_ACTIVATION = {
-    "timm.layers.norm_act.BatchNormAct2d",
-    "timm.layers.norm_act.SyncBatchNormAct",
-}
+#: On a converted model: its report.
+_REPORT = "_conversion_report"
 
 
 # ------------------------------------------------------------------------------------- the report
@@ -65,9 +63,10 @@ class Row:
     #: Its class before and after.
     before: str
     after: str
-    #: What it took up: ``"relu"``, ``"add"``, ``"add + relu"``, ...; or nothing: ``""``.
+    #: What is fused with it where kernels compute: ``"relu"``, ``"add"``, ``"add + relu"``, ...,
+    #: ``"relu | silu"`` where that depends on the mode; or nothing: ``""``.
     fused: str = ""
-    #: Why it took up nothing, or was left.
+    #: Why nothing is, or why it was left.
     note: str = ""
 
     def __str__(self) -> str:
@@ -81,7 +80,7 @@ class Report:
     """What :func:`convert` did; printed, a table."""
 
     rows: tuple[Row, ...]
-    #: The modules whose forward was rewritten.
+    #: The modules that fuse what they call: their class is a subclass of what it was.
     rewritten: tuple[str, ...]
 
     @property
@@ -113,7 +112,7 @@ class Report:
         )
         if self.rewritten:
             names = (name or "(model)" for name in self.rewritten)
-            lines.append(f"forward rewritten: {', '.join(names)}")
+            lines.append(f"they are fused by: {', '.join(names)}")
         return "\n".join(lines)
 
 
@@ -141,101 +140,7 @@ def conversion_report(model: nn.Module) -> Report:
     return report
 
 
-# ----------------------------------------------------------------------------- changes, all or none
-
-_ABSENT = object()
-
-
-def _get(target: nn.Module | MutableMapping[str, Any], key: str) -> Any:
-    return type(target) if isinstance(target, nn.Module) else target.get(key, _ABSENT)
-
-
-def _set(target: nn.Module | MutableMapping[str, Any], key: str, value: Any) -> None:
-    if isinstance(target, nn.Module):  # past any __setattr__ of its own
-        object.__setattr__(target, key, value)
-    elif value is _ABSENT:
-        target.pop(key, None)
-    else:
-        target[key] = value
-
-
-def _apply(changes: list[Change]) -> None:
-    done: list[Change] = []
-    try:
-        for target, key, value in changes:
-            done.append((target, key, _get(target, key)))
-            _set(target, key, value)
-    except BaseException:
-        for target, key, value in reversed(done):
-            _set(target, key, value)
-        raise
-
-
-# -------------------------------------------------------------------------------- which class, why
-
-
-class _ActivationBehind(nn.Module):
-    """timm's layers, where their activation stays a module of its own."""
-
-    drop: nn.Module
-    act: nn.Module
-
-    def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self.act(self.drop(super().forward(input)))
-        return output
-
-
-#: What a subclass of a layer may not override, to be that layer.
-_DEFINING = ("forward", "_check_input_dim", "__call__")
-
-
-def _replacement(layer: _BatchNorm, sync: bool, takes_own: bool) -> tuple[type, type]:
-    """The class that ``layer`` is to have, and the one to go back to.
-
-    ``takes_own``: what timm's layers have behind the normalization is taken up.
-
-    Raises:
-        Refused: with the reason for leaving it.
-    """
-    cls: Any = type(layer)
-    parametrized = parametrize.is_parametrized(layer)
-    if isinstance(layer, LazyModuleMixin):
-        cls = cls.cls_to_become
-    elif parametrized:
-        cls = cls.__bases__[0]
-    stock = next((base for base in cls.__mro__ if base in TWINS), None)
-    if stock is None:
-        raise Refused(f"a {cls.__name__} is none of torch.nn's layers that have a twin")
-    if "forward" in vars(layer):
-        raise Refused("its forward was replaced on the instance")
-    twin = TWINS[nn.SyncBatchNorm if sync else stock]
-    if cls is stock:
-        return (_rebased(type(layer), twin) if parametrized else twin), cls
-    if parametrized:
-        raise Refused(f"a {cls.__name__} that is parametrized")
-    if fusion.qualified(cls) in _WITH_ACTIVATION:
-        return rewrite.merged(cls, *([twin] if takes_own else [_ActivationBehind, twin])), cls
-    if any(getattr(cls, name) is not getattr(stock, name) for name in _DEFINING):
-        raise Refused(f"a {cls.__name__} has a forward of its own")
-    return rewrite.merged(cls, twin), cls
-
-
-def _rebased(cls: type, base: type) -> type:
-    """A parametrized layer's class (torch.nn's, and properties) on another base."""
-    return type(cls.__name__, (base,), dict(vars(cls)))
-
-
-def _own_activation(layer: nn.Module) -> tuple[bool, Activation | None]:
-    """What timm's layers have behind the normalization: whether it can be taken up; what it is."""
-    drop, act = getattr(layer, "drop", None), getattr(layer, "act", None)
-    if fusion.qualified(type(layer)) not in _WITH_ACTIVATION or act is None:
-        return False, None
-    if type(drop) is not nn.Identity or fusion.hooked(drop):
-        return False, None
-    if type(act) is nn.Identity and not fusion.hooked(act):
-        return True, None
-    activation = fusion.module_activation(act)
-    return activation is not None, activation
+# --------------------------------------------------------------------------------------- the verbs
 
 
 def _require_convertible(model: nn.Module) -> None:
@@ -247,9 +152,6 @@ def _require_convertible(model: nn.Module) -> None:
         if wrapped or module._compiled_call_impl is not None:
             where = f"its {name!r} is" if name else "it is"
             raise ValueError(f"convert a model before torch.compile: {where} compiled already")
-
-
-# --------------------------------------------------------------------------------------- the verbs
 
 
 def convert(
@@ -265,22 +167,29 @@ def convert(
     The layers stay the same objects, with the same parameters, buffers, hooks and flags, and the
     state_dict keeps its keys: optimizers go on, and checkpoints load both ways.
     ``nn.SyncBatchNorm`` stays synchronized, in its group. A lazy layer becomes ours when it is
-    materialised. Layers that were built as ours are left as they are (but for ``sync``).
+    materialised. Layers that were built as ours stay (but for ``sync``), and are fused as well.
 
-    With ``fuse``, an add or an activation that follows a layer is computed by the layer where that
-    is the same for every input: nothing else takes the values in between, no hook looks at them,
-    and the ``forward`` that calls them is straight-line code, or of a class whose code is known.
-    A module whose ``forward`` has to be rewritten for that gets a subclass of its class, of the
-    same name. What decides a branch in it (a flag, a child that is there or not) is fixed then:
-    :func:`revert` before changing it. A hook put on a fused layer later sees what the layer now
-    returns; one put on an activation that was taken up may not be called.
+    With ``fuse``, an add or an activation that follows a layer is computed by the layer's kernels.
+    A layer keeps no trace of it: it stays a batch norm, and an activation stays where and what it
+    is. The module that calls both, an ``nn.Sequential`` or a block, gets a subclass of its class, of
+    the same name, whose forward looks at each call at what is there, and makes one call of the two
+    where kernels would compute it. Else the original forward runs. So layers and activations may be
+    replaced, removed, swapped, hooked, frozen or pruned afterwards, sequences sliced and extended,
+    attributes changed: it is the model's own forward with the same results. A block's forward is
+    edited as source, and what cannot be read (a decorated forward, say) is not fused.
+
+    It is asked of a forward that looking at attributes and operators changes nothing, and where
+    ``type(module) is nn.Sequential`` or ``nn.BatchNorm2d`` is asked (torch.ao's ``fuse_modules``,
+    Opacus' validator, BackPACK), :func:`revert` first. ``fuse_conv_bn_eval`` takes any of these layers
+    for a plain batch norm: one that was *built* with an activation loses it there.
 
     Convert before ``torch.compile``; ``DistributedDataParallel`` may come before or after.
 
     Args:
         model: any module, a batch normalization layer included.
-        fuse: take up adds and activations.
-        sync: make every layer a :class:`triton_bn.SyncBatchNorm`.
+        fuse: fuse adds and activations.
+        sync: make every layer a :class:`triton_bn.SyncBatchNorm`. One that cannot be, since its class
+            has a forward of its own, is left, with a warning.
         process_group: that of the layers which ``sync`` synchronizes; ``None``: the default group.
         verbose: print the report that :func:`conversion_report` gives.
 
@@ -306,74 +215,62 @@ def convert(
         torch.Size([2, 8, 7, 7])
     """
     _require_convertible(model)
-    layers = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    changes: list[Change] = []
-    after: dict[nn.Module, type] = {}
-    fused: dict[nn.Module, str] = {}
-    notes: dict[nn.Module, str] = {}
-    free: set[nn.Module] = set()
-    for layer in layers:
-        if isinstance(layer, OURS):
-            notes[layer] = "ours already"
-            if sync and type(layer) is not modules.SyncBatchNorm and type(layer) in STOCK:
-                after[layer] = modules.SyncBatchNorm
-                changes.append((layer, "__class__", modules.SyncBatchNorm))
-                changes.append((vars(layer), "process_group", process_group))
-            if _FROM in vars(layer) and layer.activation is None:
-                free.add(layer)
-            continue
-        if _FROM in vars(layer):
-            notes[layer] = "becomes ours when it is materialised"
-            continue
-        takes_own, activation = _own_activation(layer) if fuse else (False, None)
-        try:
-            cls, stock = _replacement(layer, sync, takes_own)
-        except Refused as refused:
-            notes[layer] = str(refused)
-            continue
-        after[layer] = cls
-        changes.append((vars(layer), _FROM, stock))
-        if issubclass(cls, modules.SyncBatchNorm) and not isinstance(layer, nn.SyncBatchNorm):
-            changes.append((vars(layer), "process_group", process_group))
-        if isinstance(layer, LazyModuleMixin):
-            # The first call still runs the lazy class's forward, so nothing is taken up yet.
-            changes.append((vars(layer), "cls_to_become", cls))
-            notes[layer] = "becomes ours when it is materialised: convert again to fuse it"
-            continue
-        changes.append((layer, "__class__", cls))
-        if activation is not None:
-            fused[layer] = str(activation)
-            changes.append((vars(layer), "activation", activation))
-            changes.append((layer._modules, "act", Folded(layer.get_submodule("act"))))
-        elif issubclass(cls, _ActivationBehind):
-            notes[layer] = "what it has behind the normalization cannot be taken up" if fuse else ""
-        else:
-            free.add(layer)
-    rewritten: list[nn.Module] = []
-    if fuse and free:
-        search = fusion.Search(model, free)
-        more, rewritten = fusion.changes(search)
-        changes += more
-        fused.update((layer, str(fold)) for layer, fold in search.folds.items())
-        notes.update((layer, "" if layer in fused else search.note(layer)) for layer in free)
-    rows = (
-        Row(
-            name,
-            _name(type(layer)),
-            _name(after.get(layer, type(layer))),
-            fused.get(layer, ""),
-            notes.get(layer, ""),
+    with LOCK:
+        report, changes, unsynchronized = _planned(model, fuse, sync, process_group)
+        apply([*changes, (vars(model), _REPORT, report)])
+    if unsynchronized:
+        warnings.warn(
+            f"not synchronized, since they were left as they are: {', '.join(unsynchronized)} "
+            "(triton_bn.conversion_report says why)",
+            stacklevel=2,
         )
-        for layer, name in layers.items()
-    )
-    names = {module: name for name, module in model.named_modules()}
-    report = Report(tuple(rows), tuple(names[module] for module in rewritten))
-    _apply([*changes, (vars(model), _REPORT, report)])
     for row in report.rows:
         logger.info("%s", row)
     if verbose:
         print(report)
     return model
+
+
+def _planned(
+    model: nn.Module, fuse: bool, sync: bool, process_group: ProcessGroup | None
+) -> tuple[Report, list[Change], list[str]]:
+    """The report, what is to be changed, and the layers that stay alone though ``sync`` is asked for."""
+    layers = {m: name for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    replaced = replacements(
+        layers,
+        TWINS,
+        sync=SyncBatchNorm if sync else None,
+        process_group=process_group,
+        front=FusingBehind if fuse else Behind,
+    )
+    changes = [change for one in replaced.values() for change in one.changes]
+    able: dict[nn.Module, type] = {
+        layer: one.after
+        for layer, one in replaced.items()
+        if issubclass(one.after, OURS)
+        and not isinstance(layer, LazyModuleMixin)
+        and getattr(layer, "activation", None) is None
+    }
+    search = Search(model, able) if fuse else None
+    fusing: list[nn.Module] = []
+    if search is not None:
+        more, fusing = search.changes()
+        changes += more
+    rows = []
+    for layer, name in layers.items():
+        one = replaced[layer]
+        fused = "" if search is None else search.fused(layer)
+        note = one.note
+        if search is not None and not fused and layer in able:
+            note = search.note(layer, model) or note
+        rows.append(Row(name, _name(type(layer)), _name(one.after), fused, note))
+    alone = [
+        row.name or "(model)"
+        for row, one in zip(rows, replaced.values(), strict=True)
+        if sync and not issubclass(one.after, SyncBatchNorm | nn.SyncBatchNorm)
+    ]
+    names = [name for name, module in model.named_modules() if module in fusing]
+    return Report(tuple(rows), tuple(names)), changes, alone
 
 
 def _name(cls: type) -> str:
@@ -405,20 +302,16 @@ def revert(model: Model) -> Model:
         )
     """
     require_module(model)
-    changes: list[Change] = []
-    for name, module in model.named_modules():
-        own = vars(module)
-        changes += [(own, key, _ABSENT) for key in (_REPORT, _FROM) if key in own]
-        for key, child in module._modules.items():
-            if isinstance(child, Folded):
-                activation = vars(child)["activation"]
-                changes.append((vars(activation), "training", child.training))
-                changes.append((module._modules, key, activation))
-        if isinstance(module, OURS) or _FROM in own:
-            changes += _reverted(name, module)
-        elif rewrite.is_derived(type(module)):
-            changes.append((module, "__class__", rewrite.original(type(module))))
-    _apply(changes)
+    with LOCK:
+        changes: list[Change] = []
+        for name, module in model.named_modules():
+            own, cls = vars(module), type(module)
+            changes += [(own, key, ABSENT) for key in (_REPORT, FROM) if key in own]
+            if isinstance(module, OURS) or FROM in own:
+                changes += _reverted(name, module)
+            elif (without := underneath(cls)) is not cls:
+                changes.append((module, "__class__", without))
+        apply(changes)
     logger.info("reverted a %s: %d changes", type(model).__name__, len(changes))
     return model
 
@@ -427,15 +320,15 @@ def _reverted(name: str, layer: nn.Module) -> list[Change]:
     """What makes one layer torch.nn's again."""
     own, cls = vars(layer), type(layer)
     parametrized = parametrize.is_parametrized(layer)
-    stock = own.get(_FROM) or STOCK.get(cls.__bases__[0] if parametrized else cls)
-    if stock is None or (_FROM not in own and layer.activation is not None):
+    stock = own.get(FROM) or STOCK.get(cls.__bases__[0] if parametrized else cls)
+    if stock is None or getattr(layer, "activation", None) is not None:
         raise ValueError(
             f"torch.nn has no layer for {name or 'the model'!r}, which was built as {layer}"
         )
     foreign = ["activation", "cls_to_become", "_agreed"]
     if not issubclass(stock, nn.SyncBatchNorm):
         foreign.append("process_group")
-    changes: list[Change] = [(own, key, _ABSENT) for key in foreign if key in own]
+    changes: list[Change] = [(own, key, ABSENT) for key in foreign if key in own]
     if not isinstance(layer, LazyModuleMixin):
-        changes.append((layer, "__class__", _rebased(cls, stock) if parametrized else stock))
+        changes.append((layer, "__class__", rebased(cls, stock) if parametrized else stock))
     return changes

@@ -15,48 +15,56 @@ ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
 READY :=
 MODELS :=
+DOCS :=
 else
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 MODELS := $(VENV)/.models
+DOCS := $(VENV)/.docs
 endif
 
 # One thread a process: the tests run side by side, and their tensors are small. A test that hangs, even with
 # the GIL held, ends its process with a traceback after ten minutes.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
-.PHONY: demo test lint notebooks test-models gpu plots clean
+.PHONY: help demo test lint notebooks docs test-models gpu plots clean
 .DELETE_ON_ERROR:
 
-demo: $(READY)
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1	\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@echo "PYTHON=python3.12: another Python; PYTHON=python3 VENV=: this very Python, nothing is installed"
+
+demo: $(READY)  ## train on scanned digits beside torch.nn.BatchNorm2d, and draw it
 	$(PY) -m triton_bn demo
 
-test: $(READY)
+test: $(READY)  ## the whole suite; without a GPU in Triton's interpreter
 	$(PYTEST) -n $(JOBS) -m "not models"
 
-lint: $(READY)
+lint: $(READY)  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-# Runs every notebook from top to bottom and writes its outputs back.
-notebooks: $(READY)
+notebooks: $(READY)  ## run every notebook from top to bottom, and write its outputs back
 	$(PY) notebooks/execute.py
 
-# Whole models of torchvision, timm and transformers.
-test-models: $(MODELS)
+docs: $(DOCS)  ## the API reference and the notebooks as pages: build/docs/html/index.html
+	rm -rf build/docs && mkdir -p build/docs/source
+	cp -r docs/. README.md CHANGELOG.md CONTRIBUTING.md notebooks perf build/docs/source
+	$(PY) -m sphinx -q -W --keep-going build/docs/source build/docs/html
+
+test-models: $(MODELS)  ## whole models of torchvision, timm and transformers
 	$(PYTEST) -n $(JOBS) -m models
 
 # The tests that run kernels and the measurements, on the GPU of this machine, within ten minutes; run again, it
 # goes on where it ended. PART=tests|bench|ab|search|step: that alone. SECONDS=540: for everything together.
-gpu: $(READY)
+gpu: $(READY)  ## tests and measurements on the GPU of this machine, within ten minutes
 	$(PY) -m perf visit $(if $(PART),--part $(PART)) $(if $(SECONDS),--seconds $(SECONDS))
 
-# Draws what was measured (perf/results) again.
-plots: $(READY)
+plots: $(READY)  ## draw again what was measured (perf/results)
 	$(PY) -m perf plots
 
-clean:
+clean:  ## remove everything that can be made again
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis triton_bn_demo.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -70,4 +78,8 @@ $(VENV)/.ready: pyproject.toml $(PINS)
 
 $(VENV)/.models: $(VENV)/.ready
 	$(PY) -m pip install --quiet -c $(PINS) -e ".[models]"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(PY) -m pip install --quiet -c $(PINS) -e ".[docs]"
 	touch $@

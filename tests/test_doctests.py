@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import triton_bn
 
@@ -35,7 +36,8 @@ def test_examples_run_as_they_are_written(path: Path) -> None:
     name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
     module = importlib.import_module(name.removesuffix(".__init__"))
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    failed, tried = doctest.testmod(module, optionflags=flags)
+    known = {"torch": torch, "triton_bn": triton_bn}
+    failed, tried = doctest.testmod(module, extraglobs=known, optionflags=flags)
     assert tried
     assert not failed
 

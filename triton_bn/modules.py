@@ -115,7 +115,7 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
                 of Triton's interpreter.
 
         Returns:
-            A :class:`triton_bn.plan.Plans`: ``print`` it, or take ``forward``, ``backward``, ``as_rows()``.
+            Plans: ``print`` it, or take ``forward``, ``backward``, ``as_rows()``.
 
         Raises:
             ValueError, RuntimeError, TypeError: what a call with this input raises; an unknown ``device``.
@@ -238,10 +238,10 @@ class BatchNorm2d(_Fused, nn.BatchNorm2d):
         running_mean ← (1 − momentum) · running_mean + momentum · mean
         running_var  ← (1 − momentum) · running_var  + momentum · var · M / (M − 1)
 
-    In evaluation they are what is normalized by. The moments, the transform by γ and β, the residual and the
-    activation are one operation, whose results in between never go through memory. Backward keeps x, 2·C
+    In evaluation they are what is normalized by. On a GPU the moments, the transform by γ and β, the residual and
+    the activation are one operation, whose results in between never go through memory; backward keeps x, 2·C
     numbers and, where there is an activation behind a residual, one bit a value (relu, relu6, leaky_relu) or
-    the residual (the others).
+    the residual (the others). On a CPU PyTorch's operators compute the same.
 
     Names, defaults, buffers, ``state_dict`` and errors are those of PyTorch's layer (Ioffe and Szegedy, *Batch
     Normalization*, 2015; Welford, 1962; Chan, Golub and LeVeque, 1979).

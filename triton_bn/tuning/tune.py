@@ -43,8 +43,8 @@ def tune(
         progress: show it on stderr.
 
     Returns:
-        A :class:`triton_bn.tuning.results.Report`: ``print`` it for every candidate with its times, its
-        ``summary()`` for the best alone, or take ``as_rows()``.
+        Report: ``print`` it for every candidate with its times, its ``summary()`` for the best alone, or
+        take ``as_rows()``.
 
     Raises:
         TypeError: for a model that is no module.

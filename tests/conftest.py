@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 
@@ -18,6 +19,11 @@ if not torch.cuda.is_available():
 os.environ["TRITON_BN_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton_bn_tests_")
 
 torch.set_num_threads(1)
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+    import memory
+
+    memory.install()
 
 # The interpreter takes milliseconds a program, so a deadline would only measure the machine.
 hypothesis.settings.register_profile("dev", deadline=None)

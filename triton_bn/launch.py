@@ -6,6 +6,7 @@ Tensors are those of :mod:`triton_bn.reference`'s verbs; x comes with the proble
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -32,6 +33,9 @@ __all__ = ["backward", "forward", "merge", "normalize", "row", "trial"]
 
 _launchers: dict[tuple[Any, ...], Any] = {}
 
+#: Triton's interpreter keeps its grid, and what it has patched, for the whole process.
+_interpreter = threading.Lock()
+
 
 def run(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
     """The one place where kernels are launched, on the device of the first argument.
@@ -40,7 +44,8 @@ def run(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[
     a key here, so that from the second call on the compiled kernel is found by one look-up.
     """
     if interpreting():
-        kernel[(programs,)](*arguments, **constants)
+        with _interpreter:
+            kernel[(programs,)](*arguments, **constants)
         return
     device = arguments[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():

@@ -1,6 +1,6 @@
-"""What a call costs the host: from the second call on, a launch is one look-up.
+"""What a call costs the host: from the second call on, a launch is one look-up, and finds what Triton would.
 
-In a process of its own, with compiled kernels and a driver that launches nothing.
+In processes of their own, with compiled kernels and a driver that launches nothing.
 """
 
 from __future__ import annotations
@@ -9,15 +9,22 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
+from types import SimpleNamespace
 
-SCRIPT = """
+import pytest
+import torch
+
+from triton_bn import launch
+
+DRIVER = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 import triton_bn
 from triton_bn import plan, route
 
-launched, slow = [], []
+launched, kernels, slow = [], [], []
 
 
 class Driver:
@@ -26,7 +33,13 @@ class Driver:
         get_device_properties = staticmethod(lambda d: {"max_shared_mem": 232448, "multiprocessor_count": 132})
 
     def launcher_cls(self, source, metadata):
-        return lambda *arguments: launched.append(arguments)
+        compiled = source.name, repr(source.signature), repr(source.constants), repr(source.attrs)
+
+        def launch(*arguments):
+            launched.append(arguments)
+            kernels.append(compiled)
+
+        return launch
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
@@ -49,6 +62,9 @@ route.use_kernels = lambda x: True
 plan.Device.current = staticmethod(lambda device: plan.DEVICES["H200"])
 
 
+"""
+
+SECOND = """
 def call(layer, x):
     launched.clear()
     slow.clear()
@@ -80,13 +96,95 @@ print("done")
 """
 
 
-def test_the_second_call_finds_its_launches_by_one_look_up() -> None:
+#: Each call differs from the one before it in one thing that decides which kernel is right.
+KEY = """
+from triton_bn import launch
+
+seen = []
+triton.knobs.runtime.jit_cache_hook = lambda **given: seen.append(given["compile"]) and None
+
+
+def call(what, shape=(8, 5, 3, 3), dtype=torch.float16, shift=0, weight=0, activation=None):
+    memory = torch.randn(8 * 5 * 9 + 8).to(dtype)
+    x = memory[shift : shift + 8 * 5 * 9].view(shape).requires_grad_()
+    layer = triton_bn.BatchNorm2d(shape[1], activation=activation)
+    layer.weight = torch.nn.Parameter(torch.ones(shape[1] + 4)[weight : weight + shape[1]])
+    kernels.clear()
+    layer(x).backward(torch.ones_like(x))
+    return what, list(kernels)
+
+
+CALLS = [
+    dict(what="plain"),
+    dict(what="constants: an activation", activation="relu"),
+    dict(what="constants: another one", activation="relu6"),
+    dict(what="constants: a parameter", activation=triton_bn.Activation("leaky_relu", 0.5)),
+    dict(what="constants: another parameter", activation=triton_bn.Activation("leaky_relu", 0.25)),
+    dict(what="dtype", dtype=torch.bfloat16),
+    dict(what="alignment of the input, of which no constant tells", shift=1),
+    dict(what="alignment of the weight", weight=1),
+    dict(what="sizes", shape=(4, 10, 3, 3)),
+]
+found = [call(**each) for each in CALLS]
+again = [call(**each) for each in CALLS]
+right = []
+for each in CALLS:  # as Triton looks them up
+    launch._launchers.clear()
+    right.append(call(**each))
+for a, b, c in zip(found, again, right):
+    assert a == b == c, f"{c[0]}: launched {a[1]} and {b[1]}, right is {c[1]}"
+assert len({str(kernels) for _, kernels in right}) == len(CALLS), "two of the calls are no different"
+assert seen, "Triton's hook was never asked"
+print("done")
+"""
+
+
+def run(body: str) -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_DEFAULT_FP_FUSION"] = "1"
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT)],
+        [sys.executable, "-c", textwrap.dedent(DRIVER + body)],
         capture_output=True,
         text=True,
         env=environment,
     )
     assert done.stdout.strip() == "done", done.stderr
+
+
+def test_the_second_call_finds_its_launches_by_one_look_up() -> None:
+    run(SECOND)
+
+
+def test_a_launch_is_the_one_that_triton_would_find() -> None:
+    """Constants, dtypes, alignment and sizes are all in the key; and Triton's hooks, which get the constants
+    as JSON, are served."""
+    run(KEY)
+
+
+def test_a_launch_belongs_to_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same launch on another device is another binary's."""
+
+    class Kernel:
+        """Stands in for a compiled kernel: each look-up gives a launcher of its own."""
+
+        arg_names = ("p_x",)
+
+        def __init__(self) -> None:
+            self.launched: list[object] = []
+
+        def __getitem__(self, grid: object) -> Callable[..., dict[object, object]]:
+            launcher = object()
+            return lambda *_: {(1, 1, 1): lambda *_: self.launched.append(launcher)}
+
+    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    monkeypatch.setattr(launch, "_launchers", {})
+    kernel = Kernel()
+    on = [
+        SimpleNamespace(device=torch.device("cpu", i), dtype=torch.half, data_ptr=lambda: 0)
+        for i in range(2)
+    ]
+    for tensor in [on[0], on[1], on[0], on[1], on[0]]:
+        launch.run(kernel, 1, (tensor,), {})
+    first, second, third = kernel.launched
+    assert first is third
+    assert first is not second

@@ -110,11 +110,11 @@ def check(plan: Plan, problem: Problem, device: Device) -> None:
         assert plan.window >= 1
         assert plan.programs >= device.processors
         # Between the two reads of a value lie the windows that its channel reaches ahead, one before them
-        # and one behind. L2 must hold all that.
+        # and one behind: no more than L2 still holds.
         reach = tile.columns * (channel_blocks(tile.columns, problem.inner) - 1)
         ahead = max(-(-reach // (plan.window * tile.columns)), 1)
         between = (ahead + 2) * plan.window * tile.columns * problem.outer * problem.itemsize
-        assert between * (1 if problem.direction == "forward" else 2) <= 0.75 * device.cache
+        assert between * (1 if problem.direction == "forward" else 2) <= 36 << 20
 
 
 #: Wide values in few rows: a tile of few columns must still hold whole bytes of bits.

@@ -263,8 +263,8 @@ THREAD, WIDENED = 64, 16
 #: Bytes of each input that a streamed window takes: a modelled L2 of 36 MB still held them at the second read.
 WINDOW = {"forward": 6 << 20, "backward": 4 << 20}
 
-#: The share of L2 that may lie between the two reads of a streamed value: 36 of 50 MB, by the same model.
-HELD = 0.72
+#: Bytes of input that may lie between the two reads of a streamed value, by the same model.
+HELD = 36 << 20
 
 #: Tiles that a resident program loads by straight-line code; twice as many took minutes to compile.
 DEPTH = 24
@@ -444,7 +444,7 @@ def _streamed(problem: Problem, device: Device) -> Iterator[Plan]:
         programs = device.processors * resident
         if window == 0:
             return
-        if streamed_span(problem, tile.columns, window) > HELD * device.cache:
+        if streamed_span(problem, tile.columns, window) > HELD:
             continue
         # Two items a phase and program: with fewer, most would wait for the slowest.
         splits = _dealt(problem.outer, tile.rows * tile.depth, -(-2 * programs // window))

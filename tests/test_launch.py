@@ -21,7 +21,7 @@ from triton_bn.problem import Problem
 from triton_bn.tuning.resolve import choosing
 
 #: A GPU as much smaller as the tensors here are: every driver is a candidate, programs are few.
-SMALL = replace(DEVICES["H100"], processors=1, cache=1 << 10)
+SMALL = replace(DEVICES["H100"], processors=1, cache=0)
 
 #: Shape, layout, dtype, activation, residual: ragged rows and columns, and rows for several chunks.
 PROBLEMS = {

@@ -17,6 +17,7 @@ from triton_bn.plan import (
     DEVICES,
     MEMBERS,
     RESIDENT,
+    SHARED,
     Device,
     Plan,
     Tile,
@@ -71,6 +72,7 @@ def check_tile(tile: Tile, problem: Problem) -> None:
     assert tile.warps <= 16
     assert 1 <= tile.depth <= DEPTH
     assert tile.splits >= 1
+    assert tile.stages >= 1
     assert tile.columns >= 8 or not problem.bits, "a byte of bits would be shared"
 
 
@@ -84,7 +86,7 @@ def check(plan: Plan, problem: Problem, device: Device) -> None:
         assert problem.training, "running statistics are not computed from x"
         assert not problem.cumulative, "the counter would have to advance before the launch"
         assert plan.reduce is None
-        assert tile.splits == 1
+        assert tile.splits == tile.stages == 1, "one chunk of rows"
         assert 1 <= plan.channels <= problem.channels
         assert plan.channels * problem.inner <= tile.columns, "whole channels"
         assert problem.outer <= tile.rows * tile.depth, "all rows"
@@ -102,6 +104,10 @@ def check(plan: Plan, problem: Problem, device: Device) -> None:
         chunk = each.rows * each.depth
         rows = -(-problem.outer // (each.splits * chunk)) * chunk  # of a split, as launched
         assert (each.splits - 1) * rows < problem.outer, "a split without rows"
+        copied = (each.stages - 1) * each.rows * each.depth * each.columns * problem.itemsize
+        tensors = 1 + (problem.direction == "backward") + problem.residual
+        assert tensors * copied <= SHARED, "more shared memory than a program may have"
+        assert each.stages == 1 or device.arch.startswith("sm_"), "changes nothing on AMD"
     if plan.driver == "streamed":
         assert device.arch.startswith("sm_"), "measured and understood on NVIDIA only"
         assert problem.training
@@ -166,6 +172,17 @@ def test_a_plan_survives_json(problem: Problem, device: Device) -> None:
         assert again == plan
         assert again.source == "file"
         assert hash(again) == hash(plan)
+
+
+def test_a_plan_of_before_there_were_stages_has_one() -> None:
+    """Files and tables may be older than the field."""
+    problem = described((256, 64, 56, 56), False, torch.bfloat16)[0]
+    plan = heuristic(problem, DEVICES["H100"])
+    assert plan.transform.stages == 2
+    data = plan.as_dict()
+    for tile in (data["transform"], data["reduce"]):
+        del tile["stages"]
+    assert Plan.from_dict(data, source="file").transform == replace(plan.transform, stages=1)
 
 
 @pytest.mark.parametrize(

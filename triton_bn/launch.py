@@ -105,6 +105,7 @@ def _constants(problem: Problem, tile: Tile, **others: Any) -> Constants:
         R=tile.rows,
         K=tile.columns,
         U=tile.depth,
+        STAGES=tile.stages,
         ACC=_accumulator_name(problem),
         EACH=problem.inner == 1,
         DENSE=problem.dense,

@@ -111,7 +111,8 @@ class Tile:
     """How one launch walks the canonical block: its programs, and what each holds at a time.
 
     A program takes ``columns`` adjacent values of a row and one of ``splits`` equal ranges of rows;
-    it holds ``rows`` rows at a time, ``depth`` such tiles in flight.
+    it holds ``rows`` rows at a time, ``depth`` such tiles in flight. With 2 ``stages`` the next such chunk
+    is copied to shared memory during the arithmetic on this one (a resident program has one chunk only).
     """
 
     rows: int
@@ -119,6 +120,7 @@ class Tile:
     depth: int = 1
     warps: int = 4
     splits: int = 1
+    stages: int = 1
 
     __hash__ = hash_once
     __getstate__ = without_hash
@@ -173,8 +175,10 @@ class Plan:
 
     def __str__(self) -> str:
         def text(tile: Tile) -> str:
-            return f"{tile.depth} x [{tile.rows}, {tile.columns}], {tile.warps} warps" + (
-                f", {tile.splits} splits" if tile.splits > 1 else ""
+            return (
+                f"{tile.depth} x [{tile.rows}, {tile.columns}], {tile.warps} warps"
+                + (f", {tile.splits} splits" if tile.splits > 1 else "")
+                + (f", {tile.stages} stages" if tile.stages > 1 else "")
             )
 
         if self.driver == "resident":
@@ -273,6 +277,9 @@ DEPTH = 24
 MEMBERS = 1 << 10
 
 
+#: Bytes of shared memory that the chunks under way may take: any NVIDIA GPU since the A100 has them.
+SHARED = 96 << 10
+
 #: Bytes of input for each processor below which it does not matter that some processors stay idle.
 SHARE = 16 << 10
 
@@ -336,7 +343,8 @@ def heuristic(problem: Problem, device: Device) -> Plan:
     # there are fewer rows than tiles in flight, longer tiles make fewer partials.
     depth = _depth(problem)
     warps = 8 if problem.inner == 1 or problem.outer < depth else 4
-    return replace(_split(problem, device, 1, depth, warps), reason=reason)
+    plan = _split(problem, device, 1, depth, warps, _stages(problem, device)[0])
+    return replace(plan, reason=reason)
 
 
 def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
@@ -345,9 +353,11 @@ def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
     if problem.training:
         plans += _resident(problem, device)
     deepest = _depth(problem) * (1 if _curved(problem) else 2)
+    usual, *others = _stages(problem, device)
     for scale, depth, warps in product((1, 2, 4), (1, 2, 4, 8), (4, 8, 16)):
-        if depth <= deepest:
-            plans.append(_split(problem, device, scale, depth, warps))
+        for stages in (usual, *others) if scale == 1 else (usual,):
+            if depth <= deepest:
+                plans.append(_split(problem, device, scale, depth, warps, stages))
     plans += _streamed(problem, device)
     return tuple(dict.fromkeys(plans))
 
@@ -355,6 +365,28 @@ def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
 def _depth(problem: Problem) -> int:
     """Tiles in flight: 64 bytes a thread of each tensor that is read, 32 where two are or bits are packed."""
     return 4 if problem.direction == "forward" and not problem.bits else 2
+
+
+def _stages(problem: Problem, device: Device) -> tuple[int, ...]:
+    """Stages that a chunk loop may have, the usual first.
+
+    From sm_90 on, two: then all loads of a chunk are under way before the first is waited for, and the loads of
+    the next chunk during the arithmetic. sm_80 loses the hints for the caches by that, and nobody measured yet
+    what weighs more; on AMD nothing changes. In channels_last the bits of the forward are packed from another
+    layout, for which Triton reads (and computes) everything twice from shared memory.
+    """
+    family, _, version = device.arch.partition("_")
+    if family != "sm":
+        return (1,)
+    packs = problem.direction == "forward" and problem.bits and problem.inner == 1
+    return (2, 1) if int(version) >= 90 and not packs else (1, 2)
+
+
+def _copied(problem: Problem, tile: Tile) -> int:
+    """Bytes of shared memory that the chunks take which are under way while another is worked on."""
+    tensors = (1 if problem.direction == "forward" else 2) + problem.residual
+    chunk = tile.rows * tile.columns * tile.depth * problem.itemsize
+    return (tile.stages - 1) * tensors * chunk
 
 
 def _curved(problem: Problem) -> bool:
@@ -417,13 +449,15 @@ def _resident_tile(problem: Problem, device: Device, columns: int, most: int, fe
     return Tile(rows, columns, -(-problem.outer // rows), warps)
 
 
-def _split(problem: Problem, device: Device, scale: int, depth: int, warps: int) -> Plan:
+def _split(
+    problem: Problem, device: Device, scale: int, depth: int, warps: int, stages: int
+) -> Plan:
     """Split, or for running statistics the transform alone: ``scale`` times the usual number of programs."""
     reduces = problem.training or problem.direction == "backward"
-    transform = _tile(problem, device, scale, depth, warps)
+    transform = _tile(problem, device, scale, depth, warps, stages)
     reduce = transform if reduces else None
     if not reduces:
-        transform = _tile(problem, device, 2 * scale, depth, warps)
+        transform = _tile(problem, device, 2 * scale, depth, warps, stages)
     return Plan("split", transform, reduce)
 
 
@@ -438,7 +472,7 @@ def _streamed(problem: Problem, device: Device) -> Iterator[Plan]:
     if not (device.arch.startswith("sm_") and problem.training and large) or problem.cumulative:
         return
     for depth, warps, resident in product((2, 4), (4, 8), (2, 4)):
-        tile = _tile(problem, device, 1, depth, warps)
+        tile = _tile(problem, device, 1, depth, warps, _stages(problem, device)[0])
         window = WINDOW[problem.direction] // (problem.outer * tile.columns * problem.itemsize)
         window = min(window, -(-problem.row // tile.columns))
         programs = device.processors * resident
@@ -463,7 +497,9 @@ def streamed_span(problem: Problem, columns: int, window: int) -> int:
     return (ahead + 2) * window * columns * problem.outer * problem.itemsize * inputs
 
 
-def _tile(problem: Problem, device: Device, scale: int, depth: int, warps: int) -> Tile:
+def _tile(
+    problem: Problem, device: Device, scale: int, depth: int, warps: int, stages: int
+) -> Tile:
     """16 bytes a thread and tile; rows are split until each processor has 8 programs (channels_last: 2)."""
     vector = 16 // problem.itemsize
     values = warps * device.warp * vector
@@ -498,7 +534,11 @@ def _tile(problem: Problem, device: Device, scale: int, depth: int, warps: int) 
         if more <= splits:
             break
         splits, depth = more, depth // 2
-    return Tile(rows, columns, depth, warps, splits)
+    tile = Tile(rows, columns, depth, warps, splits, stages)
+    # One chunk has no next.
+    if _copied(problem, tile) > SHARED or problem.outer <= splits * rows * depth:
+        tile = replace(tile, stages=1)
+    return tile
 
 
 def _dealt(outer: int, chunk: int, most: int) -> int:

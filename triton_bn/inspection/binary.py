@@ -191,7 +191,7 @@ def _flight(code: list[str], syntax: _Syntax, widths: frozenset[int]) -> tuple[i
         elif width in widths:
             loads += 1
             together += not waited or access[1] == "LDGSTS"
-            behind += stored
+            behind += stored and access[1] != "LDGSTS"
             if access[1] == "LDG" and (target := _REGISTER.search(line, access.end())):
                 pending |= {int(target[1]) + i for i in range(max(width // 4, 1))}
     return loads, together, behind

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from triton_bn.kernels.activation import gradient, gradient_by_bit
-from triton_bn.kernels.forward import column_affine, preactivation
+from triton_bn.kernels.forward import column_affine, load_residual, preactivation
 from triton_bn.kernels.moments import partial_shares
 from triton_bn.kernels.tile import (
     fold_sums,
@@ -40,29 +40,38 @@ class Sums(NamedTuple):
 
 
 @triton.jit
-def load_bits(p_bits, n, n_end, row, columns, T: tl.constexpr):
-    """[R, K] booleans from the bytes that the forward packed."""
-    byte = columns.begin // 8 + tl.arange(0, T.K // 8)
-    offsets = tile_offsets(n, (row + 7) // 8, byte, 1, T)
-    mask = (n + tl.arange(0, T.R) < n_end)[:, None] & (byte * 8 < columns.end)[None, :]
-    packed = tl.load(p_bits + offsets, mask=mask, other=0).to(tl.int32)
-    bit = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+def load_bits(p_bits, n, n_end, row, columns, U: tl.constexpr, T: tl.constexpr):
+    """The bytes [R, K / 8] that the forward packed, of U tiles below one another, if it did."""
+    tiles = ()
+    if p_bits is not None:
+        byte = columns.begin // 8 + tl.arange(0, T.K // 8)
+        m_byte = (byte * 8 < columns.end)[None, :]
+        for u in tl.static_range(U):
+            offsets = tile_offsets(n + u * T.R, (row + 7) // 8, byte, 1, T)
+            mask = (n + u * T.R + tl.arange(0, T.R) < n_end)[:, None] & m_byte
+            tiles = tiles + (tl.load(p_bits + offsets, mask=mask, other=0),)
+    return tiles
+
+
+@triton.jit
+def unpack(packed, T: tl.constexpr):
+    """[R, K] booleans from bytes [R, K / 8], lowest bit first."""
+    bit = (packed.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
     return tl.reshape(bit, (T.R, T.K)) != 0
 
 
 @triton.jit
-def gradient_tile(
-    dy, x, p_residual, p_bits, n, n_end, row, columns, affine, RAGGED: tl.constexpr, T: tl.constexpr
-):
-    """g [R, K]: dy as it came where there is no activation, else of the accumulation dtype."""
+def gradient_tile(dy, x, residual, packed, u: tl.constexpr, affine, T: tl.constexpr):
+    """g [R, K] of a chunk's tile u: dy as it came where there is no activation, else of the accumulation dtype.
+
+    The slope is in the packed bits, or, where there are none, follows from x and the residual, if any.
+    """
     if T.KIND is None:
-        return dy
-    elif p_bits is not None:
-        bit = load_bits(p_bits, n, n_end, row, columns, T)
-        return gradient_by_bit(dy.to(tl.dtype(T.ACC)), bit, T)
+        return dy[u]
+    elif len(packed) > 0:
+        return gradient_by_bit(dy[u].to(tl.dtype(T.ACC)), unpack(packed[u], T), T)
     else:
-        z = preactivation(x, affine, p_residual, n, n_end, row, columns, RAGGED, "evict_last", T)
-        return gradient(dy.to(tl.dtype(T.ACC)), z, T)
+        return gradient(dy[u].to(tl.dtype(T.ACC)), preactivation(x, residual, u, affine, T), T)
 
 
 @triton.jit
@@ -82,17 +91,17 @@ def load_statistics(p_stats, parameters, columns, channels, T: tl.constexpr):
 
 @triton.jit
 def merge_sums(p_partials, channel, sizes, partial, T: tl.constexpr):
-    """The sums of channels [G] from all their partials, Q at a time, in their order."""
-    total = tl.full((T.G,), 0.0, tl.dtype(T.ACC))
-    product = tl.full((T.G,), 0.0, tl.dtype(T.ACC))
+    """The sums of channels [G] from all their partials: Q at a time, [Q, G], added up at the end."""
+    total = tl.full((T.Q, T.G), 0.0, tl.dtype(T.ACC))
+    product = tl.full((T.Q, T.G), 0.0, tl.dtype(T.ACC))
     last = index(partial[1] * partial[2], T)
     for start in range(0, last, T.Q):
         q = start + tl.arange(0, T.Q)
         mask = partial_shares(q, channel, sizes, partial, T) > 0
         o = q[:, None] * sizes[1] + channel[None, :]
-        total += tl.sum(tl.load(p_partials + o, mask=mask, other=0.0), 0)
-        product += tl.sum(tl.load(p_partials + last * sizes[1] + o, mask=mask, other=0.0), 0)
-    return Sums(total, product)
+        total += tl.load(p_partials + o, mask=mask, other=0.0)
+        product += tl.load(p_partials + last * sizes[1] + o, mask=mask, other=0.0)
+    return Sums(tl.sum(total, 0), tl.sum(product, 0))
 
 
 @triton.jit
@@ -109,11 +118,12 @@ def store_parameters(dparameters, sums, p_stats, channel, mask, channels, T: tl.
 
 
 @triton.jit
-def project(sums, count, invstd, columns, T: tl.constexpr):
-    """Per column [1, K], what dx loses: sum(g) / M, and sum(g * (x - mean)) / M * invstd**2."""
+def project(sums, count, invstd, affine, columns, T: tl.constexpr):
+    """Per column [1, K], what makes dx = scale * g + lost.g + lost.product * (x - mean), scale being weight * invstd:
+    -scale * sum(g) / M, and -scale * sum(g * (x - mean)) / M * invstd**2."""
     m = tl.cast(count, tl.dtype(T.ACC))
     product = spread(sums.product / m, columns, T) * invstd * invstd
-    return Sums(spread(sums.g / m, columns, T), product)
+    return Sums(-affine.scale * spread(sums.g / m, columns, T), -affine.scale * product)
 
 
 @triton.jit
@@ -135,10 +145,12 @@ def store_gradients(
     if p_dresidual is not None:
         store_dense(p_dresidual, g, n, n_end, row, columns, RAGGED, T)
     if p_dx is not None:
-        dx = g.to(tl.dtype(T.ACC))
-        if lost is not None:
-            dx = tl.fma(affine.mean - x.to(tl.dtype(T.ACC)), lost.product, dx - lost.g)
-        store_dense(p_dx, dx * affine.scale, n, n_end, row, columns, RAGGED, T)
+        if lost is None:
+            dx = g.to(tl.dtype(T.ACC)) * affine.scale
+        else:
+            dx = tl.fma(g.to(tl.dtype(T.ACC)), affine.scale, lost.g)
+            dx = tl.fma(x.to(tl.dtype(T.ACC)) - affine.mean, lost.product, dx)
+        store_dense(p_dx, dx, n, n_end, row, columns, RAGGED, T)
 
 
 @triton.jit
@@ -157,20 +169,22 @@ def reduce_item(
     n_begin, n_ragged, n_end = row_range(i_split, partial[0], sizes[0], T)
     zero = tl.full((T.R, T.K), 0.0, tl.dtype(T.ACC))
     sums = Sums(zero, zero)
-    for n in range(n_begin, n_ragged, T.R * T.U):
+    for n in tl.range(n_begin, n_ragged, T.R * T.U, num_stages=T.STAGES):
         x = load_chunk(
             p_x, n, n_end, strides[0], columns.offset, columns, T.U, T.U, "evict_last", T
         )
         dy = load_chunk(p_dy, n, n_end, row, columns.k, columns, T.U, T.U, "evict_last", T)
+        residual = load_residual(p_residual, n, n_end, row, columns, T.U, T.U, "evict_last", T)
+        packed = load_bits(p_bits, n, n_end, row, columns, T.U, T)
         for u in tl.static_range(DEPTH):
-            g = gradient_tile(
-                dy[u], x[u], p_residual, p_bits, n + u * T.R, n_end, row, columns, affine, False, T
-            )
+            g = gradient_tile(dy, x, residual, packed, u, affine, T)
             sums = add_tile(sums, g, x[u], affine, T)
     for n in range(n_ragged, n_end, T.R):
         x = load_chunk(p_x, n, n_end, strides[0], columns.offset, columns, 1, 0, "evict_last", T)
         dy = load_chunk(p_dy, n, n_end, row, columns.k, columns, 1, 0, "evict_last", T)
-        g = gradient_tile(dy[0], x[0], p_residual, p_bits, n, n_end, row, columns, affine, True, T)
+        residual = load_residual(p_residual, n, n_end, row, columns, 1, 0, "evict_last", T)
+        packed = load_bits(p_bits, n, n_end, row, columns, 1, T)
+        g = gradient_tile(dy, x, residual, packed, 0, affine, T)
         sums = add_tile(sums, g, x[0], affine, T)
 
     channel = touched(columns, sizes, T)
@@ -224,23 +238,34 @@ def apply_item(
         owner = owns(channel, i_block, i_split, sizes, T)
         store_parameters(dparameters, sums, p_stats, channel, owner, sizes[1], T)
         if TRAINING:
-            lost = project(sums, count, invstd, columns, T)
+            lost = project(sums, count, invstd, affine, columns, T)
     if p_dx is not None or p_dresidual is not None:
         n_begin, n_ragged, n_end = row_range(i_split, rows, sizes[0], T)
-        for n in range(n_begin, n_ragged, T.R * T.U):
+        for n in tl.range(n_begin, n_ragged, T.R * T.U, num_stages=T.STAGES):
             dy = load_chunk(p_dy, n, n_end, row, columns.k, columns, T.U, T.U, "evict_first", T)
             x = dy
             if p_x is not None:
                 x = load_chunk(
                     p_x, n, n_end, strides[0], columns.offset, columns, T.U, T.U, "evict_first", T
                 )
+            residual = load_residual(p_residual, n, n_end, row, columns, T.U, T.U, "evict_first", T)
+            packed = load_bits(p_bits, n, n_end, row, columns, T.U, T)
             for u in tl.static_range(DEPTH):
+                g = gradient_tile(dy, x, residual, packed, u, affine, T)
                 i_row = n + u * T.R
-                g = gradient_tile(
-                    dy[u], x[u], p_residual, p_bits, i_row, n_end, row, columns, affine, False, T
-                )
                 store_gradients(
-                    g, x[u], p_dx, p_dresidual, i_row, n_end, row, columns, affine, lost, False, T
+                    g,
+                    x[u],
+                    p_dx,
+                    p_dresidual,
+                    i_row,
+                    n_end,
+                    row,
+                    columns,
+                    affine,
+                    lost,
+                    False,
+                    T,
                 )
         for n in range(n_ragged, n_end, T.R):
             dy = load_chunk(p_dy, n, n_end, row, columns.k, columns, 1, 0, "evict_first", T)
@@ -249,9 +274,9 @@ def apply_item(
                 x = load_chunk(
                     p_x, n, n_end, strides[0], columns.offset, columns, 1, 0, "evict_first", T
                 )
-            g = gradient_tile(
-                dy[0], x[0], p_residual, p_bits, n, n_end, row, columns, affine, True, T
-            )
+            residual = load_residual(p_residual, n, n_end, row, columns, 1, 0, "evict_first", T)
+            packed = load_bits(p_bits, n, n_end, row, columns, 1, T)
+            g = gradient_tile(dy, x, residual, packed, 0, affine, T)
             store_gradients(
                 g, x[0], p_dx, p_dresidual, n, n_end, row, columns, affine, lost, True, T
             )
@@ -288,23 +313,13 @@ def backward_kernel(
         p_x, 0, sizes[0], strides[0], columns.offset, columns, T.U, T.WHOLE, "evict_first", T
     )
     dy = load_chunk(p_dy, 0, sizes[0], row, columns.k, columns, T.U, T.WHOLE, "evict_first", T)
+    residual = load_residual(p_residual, 0, sizes[0], row, columns, T.U, T.WHOLE, "evict_first", T)
+    packed = load_bits(p_bits, 0, sizes[0], row, columns, T.U, T)
     zero = tl.full((T.R, T.K), 0.0, tl.dtype(T.ACC))
     sums = Sums(zero, zero)
     g = ()
     for u in tl.static_range(DEPTH):
-        tile = gradient_tile(
-            dy[u],
-            x[u],
-            p_residual,
-            p_bits,
-            u * T.R,
-            sizes[0],
-            row,
-            columns,
-            affine,
-            u >= T.WHOLE,
-            T,
-        )
+        tile = gradient_tile(dy, x, residual, packed, u, affine, T)
         sums = add_tile(sums, tile, x[u], affine, T)
         g = g + (tile,)
     sums = Sums(fold_sums(sums.g, columns, T), fold_sums(sums.product, columns, T))
@@ -313,7 +328,7 @@ def backward_kernel(
     store_parameters(dparameters, sums, p_stats, channel, mask, sizes[1], T)
     lost = None
     if TRAINING:
-        lost = project(sums, sizes[0] * T.INNER, invstd, columns, T)
+        lost = project(sums, sizes[0] * T.INNER, invstd, affine, columns, T)
     for u in tl.static_range(DEPTH):
         store_gradients(
             g[u],

@@ -12,7 +12,6 @@ from triton_bn.kernels.tile import (
     index,
     load_chunk,
     load_columns,
-    load_dense,
     owns,
     row_length,
     row_range,
@@ -41,22 +40,17 @@ def column_affine(mean, invstd, parameters, columns, T: tl.constexpr):
 
 
 @triton.jit
-def preactivation(
-    x, affine, p_residual, n, n_end, row, columns,
-    RAGGED: tl.constexpr, POLICY: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """z = (x - mean) * scale + bias + residual of one tile.
+def preactivation(x, residual, u: tl.constexpr, affine, T: tl.constexpr):
+    """z = (x - mean) * scale + bias + residual of a chunk's tile u; there may be no tiles of a residual.
 
     Centred first: x * scale + (bias - mean * scale) would save an addition and lose the digits
     that x and mean share. Forward and backward call this very function, so that both see the same z.
     """
-    z = tl.fma(x.to(tl.dtype(T.ACC)) - affine.mean, affine.scale, affine.bias)
-    if p_residual is None:
+    z = tl.fma(x[u].to(tl.dtype(T.ACC)) - affine.mean, affine.scale, affine.bias)
+    if len(residual) == 0:
         return z
     else:
-        return z + load_dense(p_residual, n, n_end, row, columns, RAGGED, POLICY, T).to(
-            tl.dtype(T.ACC)
-        )
+        return z + residual[u].to(tl.dtype(T.ACC))
 
 
 @triton.jit
@@ -71,24 +65,24 @@ def store_bits(p_bits, bit, n, n_end, row, columns, T: tl.constexpr):
 
 @triton.jit
 def transform_tile(
-    x,
-    p_y,
-    p_residual,
-    p_bits,
-    n,
-    n_end,
-    row,
-    columns,
-    affine,
-    RAGGED: tl.constexpr,
-    T: tl.constexpr,
-):
-    """Writes activation(z) of one tile, and where p_bits is given, whether its slope is 1."""
-    z = preactivation(x, affine, p_residual, n, n_end, row, columns, RAGGED, "evict_first", T)
+    x, residual, u: tl.constexpr, p_y, p_bits, n, n_end, row, columns, affine,
+    RAGGED: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Writes activation(z) of a chunk's tile u, and where p_bits is given, whether its slope is 1."""
+    z = preactivation(x, residual, u, affine, T)
     store_dense(p_y, activate(z, T), n, n_end, row, columns, RAGGED, T)
     if p_bits is not None:
         bit = steep(z, T) & tile_mask(n, n_end, columns.mask, RAGGED, T)
         store_bits(p_bits, bit, n, n_end, row, columns, T)
+
+
+@triton.jit
+def load_residual(
+    p_residual, n, n_end, row, columns,
+    U: tl.constexpr, WHOLE: tl.constexpr, POLICY: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """The residual of U tiles, if there is one. Before a store of theirs: behind one, none would be in flight."""
+    return load_chunk(p_residual, n, n_end, row, columns.k, columns, U, WHOLE, POLICY, T)
 
 
 @triton.jit
@@ -148,17 +142,30 @@ def normalize_item(
         spread(mean, columns, T), spread(invstd, columns, T), parameters, columns, T
     )
     n_begin, n_ragged, n_end = row_range(i_split, rows, sizes[0], T)
-    for n in range(n_begin, n_ragged, T.R * T.U):
+    for n in tl.range(n_begin, n_ragged, T.R * T.U, num_stages=T.STAGES):
         x = load_chunk(
             p_x, n, n_end, strides[0], columns.offset, columns, T.U, T.U, "evict_first", T
         )
+        residual = load_residual(p_residual, n, n_end, row, columns, T.U, T.U, "evict_first", T)
         for u in tl.static_range(DEPTH):
             transform_tile(
-                x[u], p_y, p_residual, p_bits, n + u * T.R, n_end, row, columns, affine, False, T
+                x,
+                residual,
+                u,
+                p_y,
+                p_bits,
+                n + u * T.R,
+                n_end,
+                row,
+                columns,
+                affine,
+                False,
+                T,
             )
     for n in range(n_ragged, n_end, T.R):
         x = load_chunk(p_x, n, n_end, strides[0], columns.offset, columns, 1, 0, "evict_first", T)
-        transform_tile(x[0], p_y, p_residual, p_bits, n, n_end, row, columns, affine, True, T)
+        residual = load_residual(p_residual, n, n_end, row, columns, 1, 0, "evict_first", T)
+        transform_tile(x, residual, 0, p_y, p_bits, n, n_end, row, columns, affine, True, T)
 
 
 @triton.jit
@@ -207,7 +214,19 @@ def forward_kernel(
     affine = column_affine(
         spread(a.mean, columns, T), spread(invstd, columns, T), parameters, columns, T
     )
+    residual = load_residual(p_residual, 0, sizes[0], row, columns, T.U, T.WHOLE, "evict_first", T)
     for u in tl.static_range(DEPTH):
         transform_tile(
-            x[u], p_y, p_residual, p_bits, u * T.R, sizes[0], row, columns, affine, u >= T.WHOLE, T
+            x,
+            residual,
+            u,
+            p_y,
+            p_bits,
+            u * T.R,
+            sizes[0],
+            row,
+            columns,
+            affine,
+            u >= T.WHOLE,
+            T,
         )

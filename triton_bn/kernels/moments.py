@@ -172,8 +172,8 @@ def partial_shares(q, channel, sizes, partial, T: tl.constexpr):
 
 @triton.jit
 def merge_partials(p_partials, p_x, channel, sizes, strides, partial, T: tl.constexpr):
-    """The moments of channels [G] from all their partials, Q at a time."""
-    zero = tl.full((T.G,), 0.0, tl.dtype(T.ACC))
+    """The moments of channels [G] from all their partials: Q at a time, [Q, G], which one another join at the end."""
+    zero = tl.full((T.Q, T.G), 0.0, tl.dtype(T.ACC))
     a = Moments(zero, zero, zero)
     last = index(partial[1] * partial[2], T)
     for start in range(0, last, T.Q):
@@ -182,7 +182,8 @@ def merge_partials(p_partials, p_x, channel, sizes, strides, partial, T: tl.cons
         o = q[:, None] * sizes[1] + channel[None, :]
         mean = tl.load(p_partials + o, mask=share > 0, other=0.0)
         m2 = tl.load(p_partials + last * sizes[1] + o, mask=share > 0, other=0.0)
-        a = merge(a, merge_axis(Moments(share.to(tl.dtype(T.ACC)), mean, m2), 0))
+        a = merge(a, Moments(share.to(tl.dtype(T.ACC)), mean, m2))
+    a = merge_axis(a, 0)
     base = load_base(p_x, channel, strides, channel < sizes[1], T)
     # About an infinite mean the squares are NaN, as float64's: also where infinite ones were all there were.
     return Moments(a.count, base + a.mean, a.m2 + (a.mean - a.mean))
@@ -200,7 +201,7 @@ def moments_item(p_x, p_partials, i_block, i_split, sizes, strides, partial, T: 
     base = finite(load_columns(p_x, strides[1], columns, 0.0, T))
     zero = tl.full((T.R, T.K), 0.0, tl.dtype(T.ACC))
     a = Moments(tl.full((T.R, 1), 0.0, tl.dtype(T.ACC)), zero, zero)
-    for n in range(n_begin, n_ragged, T.R * T.U):
+    for n in tl.range(n_begin, n_ragged, T.R * T.U, num_stages=T.STAGES):
         x = load_chunk(
             p_x, n, n_end, strides[0], columns.offset, columns, T.U, T.U, "evict_last", T
         )

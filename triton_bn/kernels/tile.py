@@ -21,6 +21,7 @@ class Constants(NamedTuple):
     MASKED: bool  #: a tile may reach past its last column
     KIND: Any  #: activation, or None
     PARAMETER: Any  #: the activation's parameter, or None
+    STAGES: int = 1  #: 2: loops over rows copy the next chunk during this one
     CHANNELS: int = 0  #: resident: whole channels of a program
     INNER: int = 0  #: resident: S
     WHOLE: int = 0  #: resident: tiles that do not reach past the last row
@@ -110,16 +111,6 @@ def load(p, offsets, mask, MASKED: tl.constexpr, POLICY: tl.constexpr):
 
 
 @triton.jit
-def load_dense(
-    p, n, n_end, row, columns, RAGGED: tl.constexpr, POLICY: tl.constexpr, T: tl.constexpr
-):
-    """A tile of a dense tensor."""
-    offsets = tile_offsets(n, row, columns.k, T.VECTOR, T)
-    mask = tile_mask(n, n_end, columns.mask, RAGGED, T)
-    return load(p, offsets, mask, RAGGED or T.MASKED, POLICY)
-
-
-@triton.jit
 def store_dense(p, value, n, n_end, row, columns, RAGGED: tl.constexpr, T: tl.constexpr):
     """Writes a tile of a dense tensor, past L2 where it can: nobody here reads it again."""
     offsets = tile_offsets(n, row, columns.k, T.VECTOR, T)
@@ -136,12 +127,16 @@ def load_chunk(
     p, n, n_end, stride, o_column, columns,
     U: tl.constexpr, WHOLE: tl.constexpr, POLICY: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """U tiles below one another, all in flight together. All but the first WHOLE may reach past the last row."""
+    """U tiles below one another, all in flight together. All but the first WHOLE may reach past the last row.
+
+    Without p, none.
+    """
     tiles = ()
-    for u in tl.static_range(U):
-        offsets = tile_offsets(n + u * T.R, stride, o_column, T.VECTOR, T)
-        mask = tile_mask(n + u * T.R, n_end, columns.mask, u >= WHOLE, T)
-        tiles = tiles + (load(p, offsets, mask, u >= WHOLE or T.MASKED, POLICY),)
+    if p is not None:
+        for u in tl.static_range(U):
+            offsets = tile_offsets(n + u * T.R, stride, o_column, T.VECTOR, T)
+            mask = tile_mask(n + u * T.R, n_end, columns.mask, u >= WHOLE, T)
+            tiles = tiles + (load(p, offsets, mask, u >= WHOLE or T.MASKED, POLICY),)
     return tiles
 
 

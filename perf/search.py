@@ -10,13 +10,13 @@ import torch
 
 from perf.cases import Case
 from perf.runner import Results
-from triton_bn import launch
 from triton_bn.inspection.report import gradient_of
 from triton_bn.plan import Device, Plan, candidates
 from triton_bn.problem import Problem, describe
 from triton_bn.tuning.memory import export_table
 from triton_bn.tuning.resolve import resolve
 from triton_bn.tuning.search import search as search_one
+from triton_bn.tuning.trial import Trial, forget
 
 __all__ = ["problems", "search"]
 
@@ -73,5 +73,6 @@ def search(
 
 
 def _compile(problem: Problem, plan: Plan, device: Device) -> None:
-    launch.trial(problem, plan, device)()
+    Trial(problem, plan, device)()
+    forget()
     torch.cuda.empty_cache()

@@ -30,6 +30,29 @@ FORWARD = problem()
 PLANS = candidates(FORWARD, GPU)
 
 
+class Run:
+    """A plan on a :class:`Bench`."""
+
+    def __init__(self, bench: Bench, plan: Plan) -> None:
+        self.bench, self.plan = bench, plan
+
+    def __call__(self) -> None:
+        cost = self.bench.cost(self.plan)
+        if isinstance(cost, BaseException):
+            raise cost
+        self.bench.runs.append(self.plan)
+        self.bench.now += cost / 1e3
+
+    def observe(self) -> None:
+        self()
+
+    def wrong(self) -> str:
+        found = self.bench.verdict(self.plan)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+
 class Bench:
     """A made-up GPU: each plan takes the milliseconds, or raises the error, that ``cost`` says."""
 
@@ -37,19 +60,13 @@ class Bench:
         self.cost = cost
         self.now = 0.0
         self.runs: list[Plan] = []
+        #: What is wrong with a plan's results.
+        self.verdict: Callable[[Plan], str | BaseException] = lambda plan: ""
         self.trials: list[tuple[Problem, Plan, Device]] = []
 
-    def trial(self, problem: Problem, plan: Plan, device: Device) -> Callable[[], None]:
+    def trial(self, problem: Problem, plan: Plan, device: Device) -> Run:
         self.trials.append((problem, plan, device))
-
-        def run() -> None:
-            cost = self.cost(plan)
-            if isinstance(cost, BaseException):
-                raise cost
-            self.runs.append(plan)
-            self.now += cost / 1e3
-
-        return run
+        return Run(self, plan)
 
     def timer(self, run: Callable[[], None], runs: int) -> list[float]:
         times = []
@@ -96,28 +113,55 @@ def edit(change: Callable[[dict[str, object]], object]) -> None:
     path.write_text(json.dumps(data))
 
 
+class Idle:
+    """A run of nothing: what is called, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __call__(self) -> None:
+        self.calls.append("run")
+
+    def observe(self) -> None:
+        self.calls.append("observe")
+
+    def wrong(self) -> str:
+        return ""
+
+
 # ---- measure -------------------------------------------------------------------------------------
 
 
 def test_median_and_spread_are_of_the_timed_runs_alone() -> None:
     times = iter([100.0] * search.PROBE + [float(n % 10) for n in range(1000)])
-    timing = search.measure(
-        lambda: None, timer=lambda run, n: [next(times) for _ in range(n)], spend=1e6
-    )
+    timing = search.measure(Idle(), timer=lambda run, n: [next(times) for _ in range(n)], spend=1e6)
     assert timing.runs == 200
     assert (timing.p20, timing.median, timing.p80) == (pytest.approx(1.8), 4.5, pytest.approx(7.2))
 
 
 @pytest.mark.parametrize(("cost", "runs"), [(100.0, 20), (1.0, 40), (0.0, 200)])
 def test_the_number_of_runs_follows_their_length(cost: float, runs: int) -> None:
-    timing = search.measure(lambda: None, timer=lambda run, n: [cost] * n, spend=40.0)
+    timing = search.measure(Idle(), timer=lambda run, n: [cost] * n, spend=40.0)
     assert (timing.median, timing.runs, timing.stopped) == (cost, runs, False)
 
 
+def test_results_are_kept_before_the_first_and_after_the_last_run_that_counts() -> None:
+    run, times = Idle(), iter([1.0] * search.PROBE + [9.0] + [1.0] * 40 + [9.0])
+
+    def timer(step: Callable[[], None], runs: int) -> list[float]:
+        for _ in range(runs):
+            step()
+        return [next(times) for _ in range(runs)]
+
+    timing = search.measure(run, timer=timer, spend=40.0)
+    assert (timing.runs, timing.p80) == (40, 1.0)
+    assert run.calls == [*["run"] * (1 + search.PROBE), "observe", *["run"] * 40, "observe"]
+
+
 def test_a_run_beyond_the_limit_is_stopped_after_a_few() -> None:
-    calls = []
-    timing = search.measure(lambda: calls.append(0), timer=lambda run, n: [2.0] * n, limit=1.5)
-    assert (timing.runs, timing.stopped, len(calls)) == (search.PROBE, True, 1)
+    run = Idle()
+    timing = search.measure(run, timer=lambda run, n: [2.0] * n, limit=1.5)
+    assert (timing.runs, timing.stopped, run.calls) == (search.PROBE, True, ["run"])
 
 
 def test_every_timed_run_finds_the_caches_cold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,6 +255,45 @@ def test_the_fastest_are_timed_again_and_the_faster_time_counts(bench: Bench) ->
     best = search.search(FORWARD, GPU, progress=False).best
     assert best is not None
     assert (best.plan, best.timing.median) == (PLANS[0], pytest.approx(1.0))
+
+
+def test_a_wrong_result_never_wins_and_is_told_of(bench: Bench) -> None:
+    bench.verdict = lambda plan: "y is off" if plan in (PLANS[-1], PLANS[2]) else ""
+    with pytest.warns(RuntimeWarning, match="2 plans for .* give wrong results") as caught:
+        result = search.search(FORWARD, GPU, progress=False)
+    assert len(caught) == 1
+    status = {row.plan: row.status for row in result.rows}
+    assert status[PLANS[-1]] == status[PLANS[2]] == "wrong result: y is off"
+    assert result.best.plan == PLANS[0]
+    assert resolve.resolve(FORWARD, GPU) == PLANS[0]
+
+
+def test_the_heuristics_own_wrong_result_is_what_is_reported(bench: Bench) -> None:
+    bench.verdict = lambda plan: "" if plan == PLANS[-1] else "y is off"
+    with pytest.warns(RuntimeWarning) as caught:
+        assert search.search(FORWARD, GPU, progress=False).best.plan == PLANS[-1]
+    first, second = (str(warning.message) for warning in caught)
+    assert "runs by untuned gives a wrong result" in first
+    assert f"{len(PLANS) - 1} plans" in second
+
+
+def test_a_result_that_is_wrong_the_second_time_is_wrong(bench: Bench) -> None:
+    """The finalists are timed, and looked at, again."""
+    bench.verdict = lambda plan: (
+        "other bits" if plan == PLANS[-1] and bench.trials[-1] in bench.trials[:-1] else ""
+    )
+    with pytest.warns(RuntimeWarning, match="wrong result"):
+        result = search.search(FORWARD, GPU, progress=False)
+    assert result.best.plan == PLANS[0]
+
+
+def test_what_was_not_checked_cannot_win(bench: Bench) -> None:
+    bench.verdict = lambda plan: torch.OutOfMemoryError() if plan == PLANS[-1] else ""
+    result = search.search(FORWARD, GPU, progress=False)
+    assert {row.status for row in result.rows if row.plan == PLANS[-1]} == {
+        "not checked: out of memory"
+    }
+    assert result.best.plan == PLANS[0]
 
 
 def test_a_budget_ends_the_search_but_keeps_what_was_found(bench: Bench) -> None:

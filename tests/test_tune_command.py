@@ -41,6 +41,17 @@ def empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "memo", {})
 
 
+class Idle:
+    """A run that does nothing, and nothing wrong."""
+
+    def __call__(self) -> None: ...
+
+    def observe(self) -> None: ...
+
+    def wrong(self) -> str:
+        return ""
+
+
 @pytest.fixture
 def searched(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
     """A made-up GPU where every plan takes 1 ms; the problems that were timed, in order."""
@@ -48,7 +59,7 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
 
     def trial(problem: Problem, plan: object, device: Device) -> object:
         problems[problem] = None
-        return lambda: None
+        return Idle()
 
     monkeypatch.setattr(search, "_launch_trial", trial)
     monkeypatch.setattr(search, "time_cold", lambda run, n: [1.0] * n)

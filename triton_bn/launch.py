@@ -28,7 +28,7 @@ from triton_bn.kernels.tile import Constants
 from triton_bn.plan import Plan, Tile, channel_blocks, power_of_two, tile_channels
 from triton_bn.problem import Problem, aligned_like
 
-__all__ = ["backward", "forward", "merge", "normalize", "row", "trial"]
+__all__ = ["backward", "forward", "merge", "normalize", "row"]
 
 
 _launchers: dict[tuple[Any, ...], Any] = {}
@@ -519,60 +519,6 @@ def _merged_sums(
         constants,
     )
     return sums
-
-
-def trial(problem: Problem, plan: Plan, device: Any = None) -> Callable[[], None]:
-    """A problem on random scratch tensors of the current GPU, ready to be run under a plan again and again.
-
-    For tuning: nothing that lives elsewhere is touched. ``device`` is taken for symmetry with the plan's other
-    callers; the tensors are on the GPU that is current.
-    """
-    place = "cpu" if interpreting() else "cuda"
-    generator = torch.Generator(place).manual_seed(0)
-    x = torch.empty_strided(problem.sizes, problem.strides, dtype=problem.dtype, device=place)
-    x.normal_(generator=generator)
-
-    def like_y() -> Tensor:
-        tensor = torch.empty(problem.sizes, dtype=problem.dtype, device=place)
-        return tensor.normal_(generator=generator)
-
-    acc = accumulator(problem)
-    vector = [torch.rand(problem.channels, dtype=acc, device=place) + 0.5 for _ in range(4)]
-    weight, bias, mean, variance = vector
-    tracked = torch.zeros((), dtype=torch.int64, device=place)
-    residual = like_y() if problem.residual else None
-    if problem.direction == "forward":
-        if problem.training:
-            momentum = None if problem.cumulative else 0.1
-            return lambda: (
-                forward(
-                    problem,
-                    plan,
-                    x,
-                    weight,
-                    bias,
-                    mean,
-                    variance,
-                    tracked,
-                    residual,
-                    momentum,
-                    1e-5,
-                )
-                and None
-            )
-        return lambda: (
-            normalize(problem, plan, x, mean, variance, weight, bias, residual, 1e-5) and None
-        )
-    dy, stats = like_y(), torch.stack([mean, variance])
-    packed = None
-    if problem.bits:
-        packed = torch.randint(
-            256, (problem.outer, -(-problem.row // 8)), dtype=torch.uint8, device=place
-        )
-    needs = (True, True, True, problem.residual or problem.bits)
-    return lambda: (
-        backward(problem, plan, dy, x, stats, weight, bias, residual, packed, needs) and None
-    )
 
 
 def interpreting() -> bool:

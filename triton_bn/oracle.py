@@ -67,7 +67,7 @@ class Bounded:
         """
         if actual is None or actual.shape != self.value.shape:
             return math.inf
-        error = (actual.detach().to(torch.float64).cpu() - self.value).abs()
+        error = (actual.detach().to(self.value) - self.value).abs()
         worst = (error / self.bound.clamp_min(1e-300)).max().item() if error.numel() else 0.0
         return math.inf if math.isnan(worst) else worst
 
@@ -77,7 +77,7 @@ class Bounded:
         own: ``rms=False`` for repeated ones."""
         assert actual is not None, f"{what} is missing"
         assert actual.shape == self.value.shape, f"{what}: {actual.shape} for {self.value.shape}"
-        error = (actual.detach().to(torch.float64).cpu() - self.value).abs()
+        error = (actual.detach().to(self.value) - self.value).abs()
         ratio = error / self.bound
         wrong = ~(ratio <= 1)  # NaN is wrong
         if wrong.any():
@@ -123,6 +123,8 @@ def batch_norm(
     activation: Activation | str | None = None,
     dy: Tensor | None = None,
     interpreted: bool = False,
+    moments: bool = False,
+    device: torch.device | None = None,
 ) -> dict[str, Bounded]:
     """y; where dy is given dx, dweight, dbias, dresidual; in training running_mean and running_var.
 
@@ -131,7 +133,10 @@ def batch_norm(
     Args:
         interpreted: whether the bounds are for Triton's interpreter, which rounds to bfloat16 and takes
             sums less well than a GPU.
+        moments: whether mean and invstd (1/std) are wanted too, as an accumulator's dtype holds them.
+        device: where to compute; the CPU by default.
     """
+    where = device or torch.device("cpu")
     activation = Activation.of(activation)
     dtype, channels = x.dtype, x.shape[1]
     double = dtype == torch.float64
@@ -145,7 +150,7 @@ def batch_norm(
     def wide(t: Tensor | None, default: float = 0.0) -> Tensor:
         """A channel's vector in float64, beside x."""
         t = torch.full((channels,), default) if t is None else t.detach()
-        return t.double().cpu().reshape(-1, *[1] * (x.dim() - 2))
+        return t.to(where, torch.float64).reshape(-1, *[1] * (x.dim() - 2))
 
     def mean_of(t: Tensor) -> Tensor:
         return t.mean(over, keepdim=True).squeeze(0)
@@ -154,7 +159,7 @@ def batch_norm(
         return t.reshape(like.shape)
 
     results: dict[str, Bounded] = {}
-    v = x.detach().double().cpu()
+    v = x.detach().to(where, torch.float64)
     if training:
         mean = mean_of(v)
         var = mean_of((v - mean).square())
@@ -178,6 +183,12 @@ def batch_norm(
     lower, upper = ((var + e_var + eps).rsqrt(), ((var - e_var).clamp_min(0) + eps).rsqrt())
     e_invstd = torch.maximum(1 - lower / invstd, upper / invstd - 1) + 4 * u  # relative
 
+    if moments:
+        acc = torch.float64 if double else torch.float32
+        for name, value, error in (("mean", mean, e_mean), ("invstd", invstd, e_invstd * invstd)):
+            error = error + _stored(value, acc, interpreted)
+            results[name] = Bounded(value.reshape(channels), error.reshape(channels))
+
     gamma, beta = wide(weight, 1.0), wide(bias)
     centred = v - mean
     xhat = centred * invstd
@@ -185,7 +196,7 @@ def batch_norm(
     e_z = (gamma * invstd).abs() * e_mean + (gamma * xhat).abs() * (e_invstd + 3 * u)
     e_z = e_z + u * (beta.abs() + z.abs())
     if residual is not None:
-        z = z + residual.detach().double().cpu()
+        z = z + residual.detach().to(where, torch.float64)
         e_z = e_z + u * z.abs()
 
     def sway(f: Callable[[Tensor, Activation | None], Tensor]) -> Tensor:
@@ -202,7 +213,7 @@ def batch_norm(
     if dy is None:
         return results
 
-    grad = dy.detach().double().cpu()
+    grad = dy.detach().to(where, torch.float64)
     g = grad * slope(z, activation)
     e_g = u * g.abs() + (4 * u * grad.abs() * (1 + z.abs()) if smooth else 0)
     if activation is not None:

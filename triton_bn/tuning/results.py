@@ -37,6 +37,7 @@ class Row:
     """A candidate, and what came of it.
 
     ``status`` is ``"timed"``, ``"stopped early"`` (hopeless after a few runs), ``"failed: ..."``,
+    ``"wrong result: ..."``, ``"not checked: ..."`` (there was no memory to look at its results),
     ``"not reached"`` (the budget, or Ctrl-C), or ``"remembered"`` from an earlier search.
     """
 

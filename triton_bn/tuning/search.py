@@ -16,9 +16,11 @@ from __future__ import annotations
 import logging
 import math
 import statistics
+import sys
+import warnings
 from collections.abc import Callable, Iterable
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -46,8 +48,23 @@ WITHOUT_GPU = (
 
 #: ``timer(run, n)``: the milliseconds of each of n calls of run, each with cold caches.
 Timer = Callable[[Callable[[], None], int], list[float]]
-#: ``trial(problem, plan, device)``: a closure that runs the problem under the plan, on scratch.
-Trial = Callable[[Problem, Plan, Device], Callable[[], None]]
+
+
+class Run(Protocol):
+    """What a trial gives: a problem under a plan, on scratch tensors (:class:`triton_bn.tuning.trial.Trial`)."""
+
+    def __call__(self) -> None:
+        """Runs once."""
+
+    def observe(self) -> None:
+        """Runs once, and keeps what comes out."""
+
+    def wrong(self) -> str:
+        """What is wrong with what came out; nothing is ``""``."""
+
+
+#: ``trial(problem, plan, device)``: what runs the problem under the plan.
+Trial = Callable[[Problem, Plan, Device], Run]
 
 #: Runs that decide whether a candidate is hopeless, and how much slower than the best it then is.
 PROBE, HOPELESS = 5, 1.5
@@ -82,13 +99,16 @@ def time_cold(run: Callable[[], None], runs: int) -> list[float]:
 
 
 def measure(
-    run: Callable[[], None],
+    run: Run,
     *,
     timer: Timer | None = None,
     limit: float = math.inf,
     spend: float = SPEND,
 ) -> Timing:
     """Times ``run``, which is called once before (it compiles then).
+
+    Unless it is stopped, its results are kept before the first and after the last of the runs whose times
+    count: under the same conditions, but not timed, for that takes time.
 
     Args:
         run: what to time; it must be repeatable.
@@ -102,7 +122,10 @@ def measure(
     estimate = statistics.median(times)
     if estimate > limit:
         return Timing.of(times, stopped=True)
-    return Timing.of(timer(run, min(max(int(spend / max(estimate, 1e-4)), FEWEST), MOST)))
+    runs = min(max(int(spend / max(estimate, 1e-4)), FEWEST), MOST) + 2
+    ordered: list[Callable[[], None]] = [run.observe, *[run] * (runs - 2), run.observe]
+    steps = iter(ordered)
+    return Timing.of(timer(lambda: next(steps)(), runs)[1:-1])
 
 
 # ---- Searching -----------------------------------------------------------------------------------
@@ -116,11 +139,16 @@ class Interrupted(KeyboardInterrupt):
         self.report = report
 
 
-def _launch_trial(problem: Problem, plan: Plan, device: Device) -> Callable[[], None]:
-    from triton_bn import launch  # Triton is not there on every platform
+def _launch_trial(problem: Problem, plan: Plan, device: Device) -> Run:
+    from triton_bn.tuning import trial  # Triton is not there on every platform
 
-    run: Callable[[], None] = launch.trial(problem, plan, device)
-    return run
+    return trial.Trial(problem, plan, device)
+
+
+def _forget() -> None:
+    trial: Any = sys.modules.get("triton_bn.tuning.trial")
+    if trial is not None:
+        trial.forget()
 
 
 def search(
@@ -135,7 +163,9 @@ def search(
 ) -> Result:
     """Times every candidate for a problem, on scratch tensors, and remembers the fastest.
 
-    A candidate that does not compile or launch is a row with its error. No other process is kept
+    A candidate that does not compile or launch is a row with its error. One whose results are wrong is a row
+    that says so, is never the best, and a warning tells of it; what does not fit in memory together with a
+    second result to compare is not checked, and cannot win either. No other process is kept
     from timing on the GPU meanwhile (:func:`search_all` does that).
 
     Args:
@@ -161,12 +191,19 @@ def search(
 
     def attempt(plan: Plan) -> Row:
         try:
-            timing = measure(trial(problem, plan, device), timer=timer, limit=HOPELESS * best)
+            run = trial(problem, plan, device)
+            timing = measure(run, timer=timer, limit=HOPELESS * best)
+            if timing.stopped:
+                return Row(plan, "stopped early", timing)
+            wrong = run.wrong()
+        except torch.OutOfMemoryError as error:
+            logger.info("not checked for %s: %s: %s", problem, plan, error)
+            return Row(plan, "not checked: out of memory")
         except Exception as error:  # whatever a compiler or driver may raise
             text = (str(error).strip() or "no message").splitlines()[0]
             logger.info("refused for %s: %s: %s: %s", problem, plan, type(error).__name__, text)
             return Row(plan, f"failed: {type(error).__name__}: {text[:200]}")
-        return Row(plan, "stopped early" if timing.stopped else "timed", timing)
+        return Row(plan, f"wrong result: {wrong}") if wrong else Row(plan, "timed", timing)
 
     def timed() -> list[Row]:
         return sorted((row for row in rows.values() if row.status == "timed"), key=_median)
@@ -184,11 +221,16 @@ def search(
                 if monotonic() >= deadline:
                     break
                 again = attempt(first.plan)
-                # Disturbances only ever add time: the faster of the two counts.
-                if again.status == "timed" and _median(again) < _median(first):
+                # Disturbances only ever add time: the faster of the two counts. One wrong result is enough.
+                if again.status.startswith("wrong") or (
+                    again.status == "timed" and _median(again) < _median(first)
+                ):
                     rows[first.plan] = again
     except KeyboardInterrupt:
         interrupted = True
+    finally:
+        _forget()
+    _warn(problem, device, rows.values())
     others = sorted((row for row in rows.values() if row.status != "timed"), key=_median)
     ranked = (*timed(), *others)
     complete = all(row.status != "not reached" for row in ranked)
@@ -198,6 +240,26 @@ def search(
     if interrupted:
         raise Interrupted(Report([result]))
     return result
+
+
+def _warn(problem: Problem, device: Device, rows: Iterable[Row]) -> None:
+    """Tells of wrong results, and first of the heuristic's own."""
+    wrong = [row for row in rows if row.status.startswith("wrong")]
+    for row in wrong:
+        if row.plan.source == "heuristic":
+            warnings.warn(
+                f"the plan that {problem} runs by untuned gives a wrong result on {device.name}: {row.plan}: "
+                f"{row.status}. Please report it.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    if wrong:
+        listed = "; ".join(f"{row.plan}: {row.status}" for row in wrong[:3])
+        warnings.warn(
+            f"{len(wrong)} plans for {problem} give wrong results on {device.name}, and are not used: {listed}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _median(row: Row) -> float:

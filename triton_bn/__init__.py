@@ -8,6 +8,7 @@ from triton_bn import functional
 from triton_bn.conversion.convert import conversion_report, convert, revert
 from triton_bn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from triton_bn.problem import Activation
+from triton_bn.recompute import recompute
 from triton_bn.tuning.resolve import use
 from triton_bn.tuning.tune import tune
 from triton_bn.version import __version__
@@ -22,6 +23,7 @@ __all__ = [
     "conversion_report",
     "convert",
     "functional",
+    "recompute",
     "revert",
     "tune",
     "use",

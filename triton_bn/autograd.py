@@ -55,7 +55,7 @@ class BatchNorm(torch.autograd.Function):
             packed if bits else None,
         )  # fmt: skip
         ctx.verbs, ctx.training, ctx.eps, ctx.activation = verbs, training, eps, activation
-        ctx.layout, ctx.ranks = y.stride(), ranks
+        ctx.layout, ctx.ranks, ctx.stats = y.stride(), ranks, stats
         if verbs.all_outputs:
             ctx.mark_non_differentiable(stats, packed)
             return y, stats, packed

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton_bn import reference, verbs
 from triton_bn.autograd import BatchNorm, Direct, Operators, flat, keeps_bits
 from triton_bn.problem import Activation
+from triton_bn.recompute import owned_copy, recording
 from triton_bn.route import transformed, watched
 from triton_bn.sync import Ranks
 from triton_bn.verbs import absent, fake_outputs
@@ -60,10 +61,15 @@ def batch_norm(
         return torch.ops.triton_bn.normalize(
             x, running_mean, running_var, weight, bias, residual, eps, *flat(activation), bits
         )[0]
-    return BatchNorm.apply(
+    y = BatchNorm.apply(
         Direct, x, weight, bias, residual, running_mean, running_var, num_batches_tracked,
         training, momentum, eps, activation, bits, ranks,
     )  # fmt: skip
+    record = recording()
+    if record is not None and y.requires_grad:
+        owned = (y.grad_fn.stats, owned_copy(weight), owned_copy(bias), activation)
+        record.remember(y, record.recipe(verbs.again, x, residual, owned=owned))
+    return y
 
 
 def _named(ranks: Ranks | None) -> tuple[str | None, bool]:

@@ -14,12 +14,13 @@ from triton_bn import launch, reference, route
 from triton_bn.plan import Device, Plans
 from triton_bn.problem import FLOATING, Activation, Problem, canonical, describe
 from triton_bn.sync import DISAGREE, Ranks
-from triton_bn.tuning.resolve import resolve
+from triton_bn.tuning.resolve import resolve, usual
 
 __all__ = [
     "Gradients",
     "Outputs",
     "absent",
+    "again",
     "backward",
     "fake_outputs",
     "forward",
@@ -160,6 +161,22 @@ def normalize(
         residual,
         eps,
     )
+
+
+def again(
+    x: Tensor,
+    residual: Tensor | None,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: Activation | None,
+) -> Tensor:
+    """The y of an earlier :func:`forward` or :func:`normalize`, of which ``stats`` is: bit for bit."""
+    if not route.use_kernels(x):
+        return reference.normalize(x, stats[0], stats[1], weight, bias, residual, activation)[0]
+    problem, x = describe(x, training=False, residual=residual is not None, activation=activation)
+    plan = usual(problem, Device.current(x.device))
+    return launch.again(problem, plan, x, stats, weight, bias, residual)
 
 
 def backward(

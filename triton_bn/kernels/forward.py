@@ -119,15 +119,18 @@ def normalize_item(
 
     With p_partials (of :func:`triton_bn.kernels.moments.moments_item`) it merges those of its channels first,
     and the first item to touch a channel publishes its statistics. Without, mean and variance are given:
-    ``running``.
+    ``running``; without those, too, an earlier forward's mean and invstd: p_stats.
     """
     DEPTH: tl.constexpr = T.U
     row = row_length(sizes[1], sizes[2], T)
     columns = tile_columns(index(i_block, T) * T.K, row, sizes[2], strides, T)
     channel = touched(columns, sizes, T)
     owner = owns(channel, i_block, i_split, sizes, T)
-    if p_partials is None:
-        mask = channel < sizes[1]
+    mask = channel < sizes[1]
+    if p_partials is None and running[0] is None:
+        mean = tl.load(p_stats + channel, mask=mask, other=0.0)
+        invstd = tl.load(p_stats + sizes[1] + channel, mask=mask, other=0.0)
+    elif p_partials is None:
         mean = tl.load(running[0] + channel, mask=mask, other=0.0).to(tl.dtype(T.ACC))
         variance = tl.load(running[1] + channel, mask=mask, other=0.0).to(tl.dtype(T.ACC))
         invstd = tl.rsqrt(variance + double(eps, tl.dtype(T.ACC)))

@@ -24,7 +24,7 @@ from triton_bn.problem import Problem
 from triton_bn.tuning import cache, memory
 from triton_bn.tuning.search import search_once
 
-__all__ = ["choosing", "resolve", "use"]
+__all__ = ["choosing", "resolve", "use", "usual"]
 
 #: ``choose(problem, device, usual)``: the plan to run by; ``usual()`` is the one that it would be otherwise.
 Choose = Callable[[Problem, Device, Callable[[], Plan]], Plan]
@@ -145,7 +145,7 @@ def choosing(choose: Choose) -> Iterator[None]:
     """
     global _choosing
     before = _current()
-    outer = before or _usual
+    outer = before or usual
 
     def chosen(problem: Problem, device: Device) -> Plan:
         return choose(problem, device, lambda: outer(problem, device))
@@ -169,13 +169,14 @@ def _current() -> Callable[[Problem, Device], Plan] | None:
 
 def _chosen(problem: Problem, device: Device) -> Plan:
     memory.note(problem, device)
-    return (_current() or _usual)(problem, device)
+    return (_current() or usual)(problem, device)
 
 
 # ---- Usual ---------------------------------------------------------------------------------------
 
 
-def _usual(problem: Problem, device: Device) -> Plan:
+def usual(problem: Problem, device: Device) -> Plan:
+    """:func:`resolve` whatever is given: for what is launched on no call of the user's."""
     plan = memory.memo.get((problem, device))
     return _first(problem, device) if plan is None else plan
 

@@ -1,0 +1,356 @@
+"""``recompute()``: the same gradients bit for bit, outputs that are not kept, and never a wrong number."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import Path
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import triton_bn
+from triton_bn import recompute, route, verbs
+from triton_bn.modules import _Fused
+from triton_bn.problem import ACTIVATIONS
+from triton_bn.recompute import Recipe, recording
+
+path = oracle.path
+
+
+@pytest.fixture(params=["torch", "kernels"])
+def computer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who computes: PyTorch's own operators, as on a CPU, or the kernels."""
+    if request.param == "torch":
+        monkeypatch.setattr(route, "use_kernels", lambda x: False)
+    return str(request.param)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The recipes that have been followed, one entry each time."""
+    followed: list[Any] = []
+    usual = Recipe._make
+
+    def make(recipe: Any, here: Any) -> Any:
+        followed.append(recipe)
+        return usual(recipe, here)
+
+    monkeypatch.setattr(Recipe, "_make", make)
+    return followed
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class Net(nn.Module):
+    """conv → layer → conv → layer(residual) → conv → pooling → linear, of which each saves what it takes."""
+
+    def __init__(self, activation: str | None = "relu", **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 3, bias=False), nn.Conv2d(6, 6, 3, padding=1)
+        self.bn1, self.bn2 = (
+            triton_bn.BatchNorm2d(6, activation=activation, **options) for _ in range(2)
+        )
+        self.conv3, self.linear = nn.Conv2d(6, 4, 1), nn.Linear(4 * 2 * 2, 3)
+        for parameter in (self.bn1.weight, self.bn1.bias, self.bn2.weight, self.bn2.bias):
+            if parameter is not None:
+                nn.init.uniform_(parameter, 0.5, 1.5)
+        #: Whose storage is still there.
+        self.outputs: list[StorageWeakRef] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x))
+        z = self.bn2(self.conv2(y), y)
+        self.outputs = [StorageWeakRef(t.untyped_storage()) for t in (y, z)]
+        return self.linear(F.adaptive_avg_pool2d(self.conv3(z), 2).flatten(1))
+
+    @property
+    def kept(self) -> list[bool]:
+        """Which outputs of the two layers are in memory."""
+        return [not output.expired() for output in self.outputs]
+
+
+def step(net: nn.Module, x: Tensor, inside: bool) -> list[Tensor]:
+    """Gradients and statistics after one step of a copy of the network."""
+    net = copy.deepcopy(net)
+    x = x.clone().requires_grad_()
+    with recompute() if inside else nullcontext():
+        loss = net(x).float().square().mean()
+    loss.backward()
+    found = [p.grad for p in net.parameters()] + [x.grad]
+    return [t for t in found if t is not None] + [b.clone() for b in net.buffers()]
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+# Bit for bit.
+
+
+@pytest.mark.parametrize(
+    ("activation", "dtype", "memory_format", "training"),
+    [
+        ("relu", torch.float32, torch.contiguous_format, True),
+        ("relu", torch.bfloat16, torch.channels_last, True),
+        ("relu", torch.float32, torch.channels_last, False),
+        ("relu6", torch.float16, torch.contiguous_format, True),
+        ("silu", torch.float64, torch.contiguous_format, True),
+        ("silu", torch.bfloat16, torch.channels_last, False),
+        ("hardswish", torch.float32, torch.channels_last, True),
+        ("gelu", torch.float32, torch.contiguous_format, True),
+        (None, torch.bfloat16, torch.contiguous_format, True),
+        (None, torch.float64, torch.channels_last, False),
+    ],
+    ids=lambda value: str(value).removeprefix("torch."),
+)
+def test_gradients_are_bitwise_those_without(
+    computer: str,
+    made: list[Any],
+    activation: str | None,
+    dtype: torch.dtype,
+    memory_format: torch.memory_format,
+    training: bool,
+) -> None:
+    net = Net(activation).to(dtype=dtype, memory_format=memory_format).train(training)  # type: ignore[call-overload]
+    x = randn(5, 3, 7, 7, dtype=dtype).to(memory_format=memory_format)
+    assert same(step(net, x, True), step(net, x, False))
+    assert made
+
+
+@pytest.mark.parametrize(
+    "options", [{"affine": False}, {"bias": False}, {"track_running_stats": False}, {"momentum": None}],
+    ids=str,
+)  # fmt: skip
+def test_layers_without_this_or_that(computer: str, made: list[Any], options: Any) -> None:
+    net, x = Net("silu", **options), randn(5, 3, 7, 7)
+    assert same(step(net, x, True), step(net, x, False))
+    assert made
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced_channels", "cropped", "expanded_batch"])
+def test_inputs_in_any_layout(computer: str, made: list[Any], layout: str) -> None:
+    results = []
+    for inside in (False, True):
+        layer = triton_bn.BatchNorm1d(6, activation="silu")
+        x = oracle.arrange(randn(4, 6, 5), layout).requires_grad_()
+        with recompute() if inside else nullcontext():
+            z = layer(x).pow(3)
+        z.sum().backward()
+        results.append([x.grad, layer.weight.grad, layer.bias.grad])
+    assert made
+    assert same(*results)
+
+
+def again_by(path: Path, x: Tensor, activation: str | None, residual: Tensor | None) -> None:
+    """y of a training forward, and of the transform by its statistics."""
+    act = triton_bn.Activation.of(activation)
+    weight, bias = randn(x.shape[1], seed=1), randn(x.shape[1], seed=2)
+    y, stats, _ = verbs.forward(
+        x, weight, bias, None, None, None, residual, 0.1, 1e-5, act, bits=False
+    )
+    kept = stats.clone()
+    assert torch.equal(verbs.again(x, residual, stats, weight, bias, act), y)
+    assert torch.equal(stats, kept)
+
+
+@pytest.mark.parametrize("driver", ["resident", "split", "streamed"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced_channels"])
+def test_the_transform_by_kept_statistics_gives_every_drivers_output(
+    path: Path, driver: str, layout: str
+) -> None:
+    path.driver = driver
+    activations = [None, *ACTIVATIONS]
+    for i, activation in enumerate(activations):
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[i % 3]
+        x = oracle.arrange(randn(5, 7, 3, 5, dtype=dtype), layout) + 3
+        residual = randn(5, 7, 3, 5, seed=3, dtype=dtype) if i % 2 else None
+        again_by(path, x, activation, residual)
+    if path.name == "kernels":
+        assert {"normalize_kernel"} < set(path.launches)
+
+
+# What is kept.
+
+
+def test_outputs_are_freed_and_made_once_for_all_who_ask(computer: str, made: list[Any]) -> None:
+    net = Net()
+    with recompute():
+        loss = net(randn(5, 3, 7, 7)).square().mean()
+    gc.collect()
+    # The second is made of the first, which is a recomputed value: that would be a chain.
+    assert net.kept == [False, True]
+    loss.backward()
+    assert len(made) == 1
+    assert all(recipe._made.expired() for recipe in made)
+
+    layer = triton_bn.BatchNorm1d(4)
+    made.clear()
+    with recompute():
+        y = layer(randn(6, 4).requires_grad_())
+        z = y * y.view(-1).view(6, 4)  # one node that keeps it twice
+    z.sum().backward()
+    assert len(made) == 1
+
+
+def test_an_output_that_nobody_else_keeps_is_not_made_again(computer: str, made: list[Any]) -> None:
+    """Without a gradient to take sums for, a layer does not keep its input either."""
+    layer, conv = triton_bn.BatchNorm2d(3).requires_grad_(False), nn.Conv2d(3, 2, 1)
+    with recompute():
+        y = layer(randn(4, 3, 5, 5))
+        conv(y).sum().backward()
+    assert not made
+    assert y is not None
+
+
+def test_residuals_that_are_kept_anyway_let_the_output_be_made_again(
+    computer: str, made: list[Any]
+) -> None:
+    """A chain of blocks: every other output is kept."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 4, 1), triton_bn.BatchNorm2d(4, activation="relu")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.conv(x), x)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    net = nn.Sequential(*(Block() for _ in range(5)), nn.Conv2d(4, 2, 1))
+    outputs: list[StorageWeakRef] = []
+    x = randn(3, 4, 5, 5)
+    expected = step(net, x, False)
+    for block in list(net)[:-1]:
+        block.register_forward_hook(
+            lambda m, args, y: outputs.append(StorageWeakRef(y.untyped_storage()))
+        )
+    y: Any
+    with recompute():
+        y = net(x.requires_grad_()).float().square().mean()
+    gc.collect()
+    assert [output.expired() for output in outputs] == [True, False, True, False, True]
+    y.backward()
+    assert len(made) == 3
+    assert same([p.grad for p in net.parameters()], expected[: len(list(net.parameters()))])  # type: ignore[misc]
+
+
+def test_a_long_record_forgets_what_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(route, "use_kernels", lambda x: False)
+    layer, linear = triton_bn.BatchNorm1d(4, activation="relu"), nn.Linear(4, 4)
+    with recompute():
+        for i in range(300):
+            x = randn(3, 4, seed=i).requires_grad_()
+            linear(layer(x)).sum().backward()
+        record = recording()
+        assert record is not None
+        assert len(record._entries) < 600
+
+
+# Never a wrong number.
+
+
+@pytest.mark.parametrize("when", ["plain", "recipe", "source", "parameter"])
+def test_what_is_changed_in_place_after_it_was_saved_is_pytorchs_error(
+    computer: str, when: str
+) -> None:
+    layer, linear = triton_bn.BatchNorm1d(4, activation="silu"), nn.Linear(4, 3)
+    with recompute():
+        x = randn(6, 4).requires_grad_() * 2
+        y = layer(x)
+        z = linear(y).sin() if when != "plain" else (y * 2).sin()
+        kept = z.exp()
+    changed = {"plain": kept, "recipe": y, "source": x, "parameter": linear.weight}[when]
+    with torch.no_grad():
+        changed.zero_()
+    with pytest.raises(
+        RuntimeError, match=r"modified by an inplace operation: .* at version [12]; exp"
+    ):
+        kept.sum().backward()
+
+
+def test_an_output_changed_in_place_before_it_was_saved_is_kept(
+    computer: str, made: list[Any]
+) -> None:
+    results = []
+    for inside in (False, True):
+        layer, linear = triton_bn.BatchNorm1d(4), nn.Linear(4, 3, bias=False)
+        nn.init.constant_(linear.weight, 0.5)
+        x = randn(6, 4).requires_grad_()
+        with recompute() if inside else nullcontext():
+            y = layer(x)
+            y += x
+            z = linear(F.relu(y, inplace=True))
+        z.square().sum().backward()
+        results.append([x.grad, layer.weight.grad, linear.weight.grad])
+    assert same(*results)
+    assert not made
+
+
+def test_a_plan_that_is_given_is_not_asked_to_make_an_output_again(made: list[Any]) -> None:
+    layer, x = triton_bn.BatchNorm1d(4, activation="relu"), randn(6, 4).requires_grad_()
+    with triton_bn.use(layer.plan(x)):
+        with triton_bn.recompute():
+            y = layer(x).pow(3)
+        y.sum().backward()
+    assert made
+
+
+def test_a_recipe_owns_what_it_needs_of_size_c(computer: str, made: list[Any]) -> None:
+    """Parameters may be gone by then, and statistics may have moved on."""
+    net, x = Net("silu").eval(), randn(5, 3, 7, 7)
+    expected = step(net, x, False)
+    for layer in net.modules():
+        if isinstance(layer, _Fused):
+            layer.requires_grad_(False)  # nor does backward itself need them then
+    with recompute():
+        loss = net(x).float().square().mean()
+    for layer in net.modules():
+        if isinstance(layer, _Fused):
+            for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+                if name != "weight":  # of which backward takes dx
+                    tensor.data.zero_()
+    loss.backward()
+    assert torch.equal(net.linear.weight.grad, expected[-2]) or made
+
+
+# Together with others.
+
+
+@pytest.mark.parametrize(
+    "hooks", [lambda: saved_tensors_hooks(lambda t: t.clone(), lambda t: t), save_on_cpu],
+    ids=["hooks", "save_on_cpu"],
+)  # fmt: skip
+def test_other_hooks_win_inside_and_outside(
+    computer: str, made: list[Any], hooks: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    net, x = Net(), randn(5, 3, 7, 7)
+    for outer, inner in ((hooks, recompute), (recompute, hooks)):
+        with outer(), inner():
+            assert recording() is None
+            net(x).sum().backward()
+    assert not made
+
+
+def test_nested_it_is_one(computer: str, made: list[Any]) -> None:
+    net = Net()
+    with recompute():
+        record = recording()
+        with recompute():
+            assert recording() is record
+            y = net.bn1(net.conv1(randn(5, 3, 7, 7)))
+        z = net.conv2(y)
+    assert recording() is None
+    z.sum().backward()
+    assert len(made) == 1

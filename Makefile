@@ -50,7 +50,7 @@ notebooks: $(READY)  ## run every notebook from top to bottom, and write its out
 
 docs: $(DOCS)  ## the API reference and the notebooks as pages: build/docs/html/index.html
 	rm -rf build/docs && mkdir -p build/docs/source
-	cp -r docs/. README.md CHANGELOG.md CONTRIBUTING.md notebooks perf build/docs/source
+	cp -r docs/. README.md CHANGELOG.md CONTRIBUTING.md notebooks examples perf build/docs/source
 	$(PY) -m sphinx -q -W --keep-going build/docs/source build/docs/html
 
 test-models: $(MODELS)  ## whole models of torchvision, timm and transformers

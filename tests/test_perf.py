@@ -1099,3 +1099,13 @@ def test_a_case_is_measured_on_the_gpu(tmp_path: Path) -> None:
     assert {row["status"] for row in rows} == {"measured"}
     assert all(0 < row["p20_ms"] <= row["ms"] <= row["p80_ms"] < 100 for row in rows)
     assert by_provider(rows)[OURS]["plan"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("a_processor", wait.A_PROCESSOR)
+def test_programs_wait_for_one_another_on_the_gpu(a_processor: int) -> None:
+    gpu = torch.device("cuda")
+    for gang in wait.GANGS:
+        gangs = Device.current(gpu).processors * a_processor // gang
+        if gangs:
+            assert not wait.rounds(gang, gangs, 200, gpu).any()

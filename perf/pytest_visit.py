@@ -62,9 +62,10 @@ def runs_kernels(item: pytest.Item) -> bool:
     """Whether a test puts tensors on the GPU and is not about the plain-torch path."""
     if item.get_closest_marker("gpu"):
         return True
-    arguments = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    on_gpu = {"device", "path"} & {*getattr(item, "fixturenames", ())}
-    return bool(on_gpu) and not any(value == "reference" for value in map(str, arguments))
+    arguments = item.callspec.params if hasattr(item, "callspec") else {}
+    if "reference" in [value for value in arguments.values() if isinstance(value, str)]:
+        return False
+    return "device" in getattr(item, "fixturenames", ()) or arguments.get("path") == "kernels"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

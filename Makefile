@@ -27,7 +27,7 @@ endif
 # the GIL held, ends its process with a traceback after ten minutes.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
-.PHONY: help demo test lint notebooks docs test-models gpu plots clean
+.PHONY: help demo test fuzz lint notebooks docs test-models gpu plots clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -39,6 +39,9 @@ demo: $(READY)  ## train on scanned digits beside torch.nn.BatchNorm2d, and draw
 
 test: $(READY)  ## the whole suite; without a GPU in Triton's interpreter
 	$(PYTEST) -n $(JOBS) -m "not models"
+
+fuzz: $(READY)  ## compile random problems for every GPU that is known: nothing spills, nothing overflows
+	PYTHONPATH=. $(PY) tests/fuzz_compile.py
 
 lint: $(READY)  ## ruff and mypy
 	$(PY) -m ruff check .

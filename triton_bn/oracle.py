@@ -109,6 +109,20 @@ def _stored(value: Tensor, dtype: torch.dtype, interpreted: bool) -> Tensor:
     return rounding(dtype, interpreted) * value.abs() + step
 
 
+def _longest_run(t: Tensor) -> int:
+    """How many equal values of a channel follow one another, batch first or last, at most."""
+    if t.numel() == 0:
+        return 1
+    longest = 1
+    channels = t.transpose(0, 1)
+    for values in (channels.flatten(1), channels.movedim(1, -1).flatten(1)):
+        same = values[:, 1:] == values[:, :-1]
+        place = torch.arange(1, same.shape[1] + 1)
+        broken = torch.where(same, 0, place).cummax(1).values
+        longest = max(longest, int((place - broken).max()) + 1 if same.numel() else 1)
+    return longest
+
+
 def batch_norm(
     x: Tensor,
     running_mean: Tensor | None = None,
@@ -145,7 +159,17 @@ def batch_norm(
     over = [d for d in range(x.dim()) if d != 1]
     count = x.numel() // channels
     # The interpreter adds the up to 512 rows of a tile one after another, which is a walk of as many steps.
-    depth = math.log2(count) + (max(math.sqrt(min(count, 512)), 4) if interpreted else 4)
+    steps = min(count, 512)
+
+    def depth(t: Tensor) -> float:
+        """How many roundings of its size a sum of these values may lose.
+
+        Steps of a walk average out to their square root. Equal values that follow one another are rounded
+        the same way, though: steps / run groups, in each of which run roundings add up.
+        """
+        if not interpreted:
+            return math.log2(count) + 4
+        return math.log2(count) + max(math.sqrt(steps * min(_longest_run(t), steps)), 4)
 
     def wide(t: Tensor | None, default: float = 0.0) -> Tensor:
         """A channel's vector in float64, beside x."""
@@ -163,8 +187,8 @@ def batch_norm(
     if training:
         mean = mean_of(v)
         var = mean_of((v - mean).square())
-        e_mean = u * (2 * mean.abs() + depth * mean_of((v - mean).abs()))
-        e_var = 2 * depth * u * var
+        e_mean = u * (2 * mean.abs() + depth(v) * mean_of((v - mean).abs()))
+        e_var = 2 * depth(v) * u * var
         for name, old, batch, e_batch in (
             ("running_mean", running_mean, mean, e_mean),
             ("running_var", running_var, var * count / (count - 1), e_var * count / (count - 1)),
@@ -223,8 +247,10 @@ def batch_norm(
         return mean_of(t) * count
 
     sum_g, sum_gx = total(g), total(g * centred)
-    e_sum_g = depth * u * total(g.abs()) + total(e_g)
-    e_sum_gx = (depth + 3) * u * total((g * centred).abs()) + total(e_g * centred.abs())
+    e_sum_g = depth(g) * u * total(g.abs()) + total(e_g)
+    e_sum_gx = (depth(g * centred) + 3) * u * total((g * centred).abs()) + total(
+        e_g * centred.abs()
+    )
     e_sum_gx = e_sum_gx + e_mean * (sum_g.abs() + e_sum_g)
 
     def channel(name: str, like: Tensor | None, value: Tensor, error: Tensor) -> None:

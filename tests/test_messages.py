@@ -149,10 +149,20 @@ def test_the_logger_says_what_is_searched_found_and_refused(
     problem, _ = describe(torch.empty(32, 64, 7, 7, device="meta"), training=True)
     refused = candidates(problem, DEVICES["H200"])[-1]
 
-    def trial(problem: Any, plan: Any, device: Any) -> Callable[[], None]:
+    class Run:
+        def __call__(self) -> None:
+            pass
+
+        def observe(self) -> None:
+            pass
+
+        def wrong(self) -> str:
+            return ""
+
+    def trial(problem: Any, plan: Any, device: Any) -> Run:
         if plan == refused:
             raise RuntimeError("out of shared memory")
-        return lambda: None
+        return Run()
 
     with caplog.at_level(logging.INFO, logger="triton_bn"):
         search.search(

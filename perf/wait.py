@@ -65,8 +65,10 @@ def rounds(gang: int, gangs: int, n: int, device: torch.device) -> Tensor:
     arrived = torch.zeros(gangs * 32, dtype=torch.int32, device=device)
     values = torch.full((2, gangs, gang), torch.nan, device=device)
     wrong = torch.zeros(gangs * gang, dtype=torch.int32, device=device)
-    options = {"launch_cooperative_grid": True} if torch.version.cuda else {}
-    gang_kernel[(gangs * gang,)](arrived, values, wrong, n, GANG=gang, num_warps=4, **options)
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    if torch.version.cuda:
+        options["launch_cooperative_grid"] = True
+    gang_kernel[(gangs * gang,)](arrived, values, wrong, n, GANG=gang, **options)
     return wrong
 
 

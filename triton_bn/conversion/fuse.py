@@ -135,23 +135,26 @@ def _activation(name: str, options: dict[str, Any]) -> Activation | None:
     if name == "hardtanh":
         bounds = options.get("min_val", -1.0), options.get("max_val", 1.0)
         return _PLAIN["relu6"] if bounds == (0.0, 6.0) else None
-    if name == "gelu" and options.get("approximate", "none") != "none":
-        return None
+    if name == "gelu":
+        return _PLAIN[name] if options.get("approximate", "none") == "none" else None
     if name in _PLAIN:
-        return _PLAIN[name]
+        return _PLAIN[name] if options.keys() <= {"inplace"} else None
     parameter = options.get("negative_slope" if name == "leaky_relu" else "alpha")
     return Activation(name, parameter) if isinstance(parameter, float | int | None) else None
 
 
-def _takes_only(cls: type, options: tuple[str, ...]) -> bool:
-    initialize: Any = cls.__init__  # type: ignore[misc]
-    if initialize is nn.Module.__init__:
-        return True
-    return set(inspect.signature(cls).parameters) - _OLD_NAMES <= set(options)
+def named(modules: dict[type, str]) -> dict[type, str]:
+    """Those of them all of whose options the table names."""
+
+    def options(cls: type) -> set[str]:
+        initialize: Any = cls.__init__  # type: ignore[misc]
+        none = initialize is nn.Module.__init__
+        return set() if none else set(inspect.signature(cls).parameters) - _OLD_NAMES
+
+    return {cls: name for cls, name in modules.items() if options(cls) <= {*_OPTIONS[name]}}
 
 
-#: The modules all of whose options are named above.
-MODULES = {cls: name for cls, name in _MODULES.items() if _takes_only(cls, _OPTIONS[name])}
+MODULES = named(_MODULES)
 
 
 def is_activation(function: Any) -> bool:
@@ -168,7 +171,7 @@ def activation_of(
         name = MODULES.get(type(callee))
         if name is None or arguments or options or not unhooked(callee):
             return None
-        if name in _PLAIN and name != "gelu":
+        if _OPTIONS[name] in ((), ("inplace",)):
             return _PLAIN[name]
         return _activation(name, {option: getattr(callee, option) for option in _OPTIONS[name]})
     if not isinstance(callee, types.FunctionType | types.BuiltinFunctionType):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_bn import launch, route
+from triton_bn import launch, route, verbs
 from triton_bn.oracle import ACTIVATIONS, Bounded, activate, batch_norm, rounding, slope
 from triton_bn.plan import DEVICES, Device, Plan, candidates, heuristic
 from triton_bn.problem import Problem
@@ -42,7 +42,7 @@ SMALL = replace(DEVICES["H100"], processors=1, cache=0)
 
 
 class Path:
-    """Who computes: plain torch or the kernels (compiled on a GPU, interpreted on a CPU)."""
+    """Who computes what goes to ours: plain torch (:mod:`triton_bn.reference`) or the kernels, on a CPU interpreted."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name = name
@@ -67,18 +67,19 @@ class Path:
 def path(
     request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Path]:
-    """Runs a test once in plain torch and once through the kernels.
+    """Runs a test once in plain torch and once through the kernels, as if the tensors were on a GPU.
 
     Memory that is not initialized is filled with NaN meanwhile, so that no result can hide that it was
     never written. A test module takes the fixture by ``path = oracle.path``.
     """
     path = Path(request.param, device)
     if path.name == "reference":
-        monkeypatch.setattr(route, "use_kernels", lambda x: False)
+        monkeypatch.setattr(route, "on_gpu", lambda x: True)
+        monkeypatch.setattr(verbs, "use_kernels", lambda x: False)
     elif device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("no GPU, and Triton's interpreter is off")
     else:
-        assert route.use_kernels(torch.ones(1, device=device)), "nothing would run the kernels"
+        assert route.on_gpu(torch.ones(1, device=device)), "nothing would run the kernels"
 
     def chosen(problem: Problem, device: Device, _: Any) -> Plan:
         if path.plan is None and path.driver is None:

@@ -108,7 +108,7 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 
 def operators(graph: torch.fx.GraphModule) -> list[str]:
-    """The names of our operators in a graph, in order."""
+    """The names of our operators in a graph, in order: those of batch statistics."""
     targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     return [
         name.removeprefix("triton_bn.").split(".")[0] for name in targets if "triton_bn" in name
@@ -139,13 +139,13 @@ def test_compiled_it_does_what_eager_does(
     for batch in (4, 6):
         x = images(device, batch, 2, 5, 3, layout=layout)
         assert_close(step(compiled, model, x), step(twin, twin, x))
-    graphs = compiled_graphs(counter)
-    assert len(graphs) <= 2
-    assert graphs[0] == ["forward" if training else "normalize"] * 3
+    graphs = [operators(graph) for graph in counter.graphs]
+    assert 1 <= len(graphs) <= 2
+    assert all(names == (["forward"] * 3 if training else []) for names in graphs)
     for batch in (9, 12):
         x = images(device, batch, 2, 5, 3, layout=layout)
         assert_close(step(compiled, model, x), step(twin, twin, x))
-    assert compiled_graphs(counter) == graphs, "compiled again for another batch size"
+    assert len(counter.graphs) == len(graphs), "compiled again for another batch size"
 
 
 @NEEDS_COMPILER
@@ -298,7 +298,7 @@ def test_an_exported_program_does_what_eager_does(
     batch = torch.export.Dim("batch", min=2, max=64)
     x = images(device, 4, 2, 5, 3)
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: batch},), strict=strict)
-    assert operators(exported.graph_module) == ["forward" if training else "normalize"] * 3
+    assert not operators(exported.graph_module)
     program, model = exported.module(), copy.deepcopy(model)
     for n in (4, 9):
         x = images(device, n, 2, 5, 3)

@@ -26,8 +26,9 @@ from triton_bn.conversion.convert import conversion_report, convert, revert
 @pytest.fixture(autouse=True)
 def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What computes a layer is tested elsewhere: here PyTorch does, and what can be fused is."""
-    monkeypatch.setattr(route, "use_kernels", lambda x: x.is_cuda)
-    monkeypatch.setattr(fuse, "use_kernels", lambda x: True)
+    for module in (route, fuse):
+        monkeypatch.setattr(module, "on_gpu", lambda x: True)
+    monkeypatch.setattr("triton_bn.functional.route", lambda *_, **__: "torch")
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_bn import launch, route
+from triton_bn import launch, route, verbs
 from triton_bn.functional import batch_norm
 from triton_bn.plan import DEVICES, Plan, Tile, candidates
 from triton_bn.problem import Problem
@@ -71,7 +71,8 @@ def test_every_candidate_is_right(
         chosen[problem.direction] = found = plans(problem)
         return found[choice % len(found)]
 
-    monkeypatch.setattr(route, "use_kernels", lambda _: True)
+    monkeypatch.setattr(route, "on_gpu", lambda _: True)
+    monkeypatch.setattr(verbs, "use_kernels", lambda _: True)
 
     def run() -> dict[str, Tensor]:
         leaf = [t.detach().requires_grad_() for t in (x, weight, bias)]

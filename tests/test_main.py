@@ -186,7 +186,7 @@ class Wrong(triton_bn.BatchNorm2d):
         if self.what == "y":
             y = y * (1 + 1e-4)
         if self.training and self.what.startswith("running"):
-            getattr(self, self.what).mul_(1 + 1e-4)
+            getattr(self, self.what).data.mul_(1 + 1e-4)  # PyTorch keeps the buffers for backward
         return y
 
 
@@ -202,13 +202,13 @@ class _Scaled(torch.autograd.Function):
 
 @pytest.fixture
 def wrong(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts the wrong layer in the place of ours; on plain torch, as that is fast."""
+    """Puts the wrong layer in the place of ours; on PyTorch's operators, as that is fast."""
 
     def place(what: str) -> None:
         monkeypatch.setattr(Wrong, "what", what)
         monkeypatch.setattr(digits, "BatchNorm2d", Wrong)
         monkeypatch.setitem(check.LAYERS, 4, (Wrong, torch.nn.BatchNorm2d))
-        monkeypatch.setattr(route, "use_kernels", lambda x: x.is_cuda)
+        monkeypatch.setattr(route, "on_gpu", lambda x: x.is_cuda)
 
     return place
 

@@ -154,9 +154,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[nn.Module, str]]:
 def test_a_converted_model_computes_what_it_did(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        route, "use_kernels", lambda x: x.is_cuda
-    )  # the kernels have their own tests
+    monkeypatch.setattr(route, "on_gpu", lambda x: x.is_cuda)  # the kernels have their own tests
     torch.manual_seed(0)
     model = case.make().double()
     for layer in model.modules():  # a 0 or 1, as after initialization, would hide mistakes

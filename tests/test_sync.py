@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import triton_bn
-from triton_bn import Activation, launch, reference, route
+from triton_bn import Activation, launch, reference, route, verbs
 
 WORLD = 4
 PACKAGE = Path(triton_bn.__file__).parent
@@ -56,7 +56,8 @@ class Peer:
         """Who computes in this check: plain torch, or the kernels (on a GPU, else interpreted)."""
         if mode == "kernels" and torch.cuda.is_available():
             return torch.device("cuda")
-        self.patch.setattr(route, "use_kernels", lambda x: mode == "kernels")
+        for module, name in ((route, "on_gpu"), (verbs, "use_kernels")):
+            self.patch.setattr(module, name, lambda x: mode == "kernels")
         return torch.device("cpu")
 
     def layer(self, channels: int, **options: Any) -> triton_bn.SyncBatchNorm:

@@ -9,10 +9,42 @@ from torch import Tensor
 
 from triton_bn import reference, verbs
 from triton_bn.problem import Activation
+from triton_bn.recompute import owned_copy, recording
 from triton_bn.route import transformed
+from triton_bn.sync import Ranks
 from triton_bn.verbs import Gradients
 
-__all__ = ["BatchNorm", "Direct", "Operators", "flat", "keeps_bits"]
+__all__ = ["BatchNorm", "Direct", "Operators", "batch_norm", "flat", "keeps_bits"]
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    activation: Activation | None,
+    ranks: Ranks | None = None,
+) -> Tensor:
+    """``activation(bn(x) + residual)`` for checked arguments, a residual like x, and at least one value.
+
+    With ``ranks``, in training, x is this process's part of the batch; a part may have no values.
+    """
+    bits = keeps_bits(x, weight, bias, residual, training, activation)
+    y = BatchNorm.apply(
+        Direct, x, weight, bias, residual, running_mean, running_var, num_batches_tracked,
+        training, momentum, eps, activation, bits, ranks,
+    )  # fmt: skip
+    record = recording()
+    if record is not None and y.requires_grad:
+        owned = (y.grad_fn.stats, owned_copy(weight), owned_copy(bias), activation)
+        record.remember(y, record.recipe(verbs.again, x, residual, owned=owned))
+    return y
 
 
 class BatchNorm(torch.autograd.Function):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from triton_bn import operators, reference
+from triton_bn import autograd, operators, reference
 from triton_bn.problem import Activation, check, require_tensor
+from triton_bn.recompute import owned_copy, recording
+from triton_bn.route import route
 from triton_bn.sync import Ranks
 
 __all__ = ["batch_norm"]
@@ -45,7 +48,8 @@ def batch_norm(
 
     Raises:
         ValueError, RuntimeError, NotImplementedError, IndexError: what F.batch_norm raises, in its
-            words (:func:`triton_bn.problem.check`); nothing has been changed then.
+            words (:func:`triton_bn.problem.check`). Nothing has been changed then; but where PyTorch's own
+            operators compute (:func:`triton_bn.route.route`), what they change before they raise.
 
     Example:
         >>> import torch, triton_bn
@@ -82,11 +86,14 @@ def _batch_norm(
 
     With ``ranks``, input is this process's part of a training batch, and the caller is in ``ranks.together()``.
     """
-    if torch.jit.is_tracing() and ranks is None:  # type: ignore[attr-defined]
-        # Sizes are tensors there: what PyTorch's own operators ask of them leaves no mark in the trace.
-        return reference.composite(
-            input, weight, bias, running_mean, running_var, num_batches_tracked, residual,
-            training, momentum, eps, activation,
+    who = route(
+        input, weight, bias, running_mean, running_var, residual,
+        batch_statistics=training, shared=ranks is not None,
+    )  # fmt: skip
+    if who == "torch":
+        return _by_torch(
+            input, running_mean, running_var, num_batches_tracked, weight, bias, training,
+            momentum, eps, residual, activation,
         )  # fmt: skip
     if ranks is None:
         check(input, running_mean, running_var, weight, bias, training, eps)
@@ -115,13 +122,69 @@ def _batch_norm(
             weight = weight.contiguous()
         if bias is not None:
             bias = bias.contiguous()
-        y = operators.batch_norm(
+        computer = operators if who == "operators" else autograd
+        y = computer.batch_norm(
             input, weight, bias, residual, running_mean, running_var,
             num_batches_tracked, training, momentum, eps, activation, ranks,
         )  # fmt: skip
     if separate is not None:
         y = reference.activate(y + separate[0], separate[1])
     return y
+
+
+def _by_torch(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: Activation | None,
+) -> Tensor:
+    """:func:`_batch_norm` as ``torch.nn``'s layer with an addition and an activation behind it computes it."""
+    if residual is not None and not torch.jit.is_tracing():  # type: ignore[attr-defined]
+        _fuses(input, residual)  # sizes are tensors in a trace, where questions leave their mark
+    factor = 0.0 if momentum is None else momentum
+    if training and num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+        if momentum is None and running_mean is not None and running_var is not None:
+            if torch.compiler.is_compiling():
+                # No value can be read there: PyTorch's layer ends in an error.
+                mean, var = torch.zeros_like(running_mean), torch.ones_like(running_var)
+                y = F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
+                average = num_batches_tracked.to(mean.dtype).reciprocal()
+                running_mean.lerp_(mean, average)
+                running_var.lerp_(var, average)
+                return reference.activate(y if residual is None else y + residual, activation)
+            factor = 1.0 / float(num_batches_tracked)
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
+    y = reference.activate(y if residual is None else y + residual, activation)
+    record = recording()
+    if record is not None and y.requires_grad:
+        statistics = (None, None) if training else (running_mean, running_var)
+        owned = (*map(owned_copy, (*statistics, weight, bias)), training, eps, activation)
+        record.remember(y, record.recipe(_again, input, residual, owned=owned))
+    return y
+
+
+def _again(
+    input: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    activation: Activation | None,
+) -> Tensor:
+    """The y of an earlier :func:`_by_torch`, bit for bit."""
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, 0.0, eps)
+    return reference.activate(y if residual is None else y + residual, activation)
 
 
 def _fuses(input: Tensor, residual: Tensor | None) -> bool:

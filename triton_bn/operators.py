@@ -1,4 +1,4 @@
-"""The registered operators ``torch.ops.triton_bn.{forward, normalize, backward}``, and who is called.
+"""The registered operators ``torch.ops.triton_bn.{forward, normalize, backward}``, and the call of them.
 
 Whatever watches operators go by (torch.compile, fake tensors, dispatch modes) is given these; they end in
 the verbs that eager calls go straight to.
@@ -13,11 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_bn import reference, verbs
-from triton_bn.autograd import BatchNorm, Direct, Operators, flat, keeps_bits
+from triton_bn import verbs
+from triton_bn.autograd import BatchNorm, Operators, flat, keeps_bits
 from triton_bn.problem import Activation
-from triton_bn.recompute import owned_copy, recording
-from triton_bn.route import transformed, watched
 from triton_bn.sync import Ranks
 from triton_bn.verbs import absent, fake_outputs
 
@@ -38,38 +36,18 @@ def batch_norm(
     activation: Activation | None,
     ranks: Ranks | None = None,
 ) -> Tensor:
-    """``activation(bn(x) + residual)`` for checked arguments, a residual like x, and at least one value.
-
-    With ``ranks``, in training, x is this process's part of the batch; a part may have no values.
-    """
-    if transformed() and ranks is None:
-        return reference.composite(
-            x, weight, bias, running_mean, running_var, num_batches_tracked, residual,
-            training, momentum, eps, activation,
-        )  # fmt: skip
+    """:func:`triton_bn.autograd.batch_norm` by the registered operators."""
     bits = keeps_bits(x, weight, bias, residual, training, activation)
-    if torch.compiler.is_compiling() or watched(
-        x, weight, bias, residual, running_mean, running_var
-    ):
-        if ranks is not None:
-            ranks.sent = True  # or will be: the operator has ranks of its own
-        if training:
-            return torch.ops.triton_bn.forward(
-                x, weight, bias, running_mean, running_var, num_batches_tracked, residual,
-                momentum, eps, *flat(activation), bits, *_named(ranks),
-            )[0]  # fmt: skip
-        return torch.ops.triton_bn.normalize(
-            x, running_mean, running_var, weight, bias, residual, eps, *flat(activation), bits
-        )[0]
-    y = BatchNorm.apply(
-        Direct, x, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-        training, momentum, eps, activation, bits, ranks,
-    )  # fmt: skip
-    record = recording()
-    if record is not None and y.requires_grad:
-        owned = (y.grad_fn.stats, owned_copy(weight), owned_copy(bias), activation)
-        record.remember(y, record.recipe(verbs.again, x, residual, owned=owned))
-    return y
+    if ranks is not None:
+        ranks.sent = True  # or will be: the operator has ranks of its own
+    if training:
+        return torch.ops.triton_bn.forward(
+            x, weight, bias, running_mean, running_var, num_batches_tracked, residual,
+            momentum, eps, *flat(activation), bits, *_named(ranks),
+        )[0]  # fmt: skip
+    return torch.ops.triton_bn.normalize(
+        x, running_mean, running_var, weight, bias, residual, eps, *flat(activation), bits
+    )[0]
 
 
 def _named(ranks: Ranks | None) -> tuple[str | None, bool]:

@@ -1,4 +1,4 @@
-"""The verbs in plain torch: what a CPU tensor runs, the rule for derivatives of any order, the oracle.
+"""The verbs in plain torch: the rule for derivatives of any order, and SyncBatchNorm's halves on a CPU.
 
 Everything is computed in the accumulation dtype (float32, or float64 for float64 inputs) on tensors
 of the input's own shape. With M values a channel, ``mean`` and ``invstd`` of shape (C,)::
@@ -30,7 +30,6 @@ __all__ = [
     "activate",
     "backward_apply",
     "backward_reduce",
-    "composite",
     "differentiable_backward",
     "forward",
     "merge",
@@ -53,8 +52,7 @@ _ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "leaky_relu": (F.leaky_relu, lambda g, z, p: aten.leaky_relu_backward(g, z, p, False)),
     "silu": (lambda z, p: F.silu(z), lambda g, z, p: aten.silu_backward(g, z)),
     "hardswish": (lambda z, p: F.hardswish(z), lambda g, z, p: aten.hardswish_backward(g, z)),
-    # F.gelu's float32 is up to 5 roundings of z off where a CPU takes it in vectors.
-    "gelu": (lambda z, p: z * torch.special.ndtr(z), lambda g, z, p: aten.gelu_backward(g, z)),
+    "gelu": (lambda z, p: F.gelu(z), lambda g, z, p: aten.gelu_backward(g, z)),
     "elu": (F.elu, lambda g, z, p: aten.elu_backward(g, p, 1, 1, False, z)),
     "mish": (lambda z, p: F.mish(z), lambda g, z, p: aten.mish_backward(g, z)),
     "sigmoid": (lambda z, p: z.sigmoid(), lambda g, z, p: aten.sigmoid_backward(g, z.sigmoid())),
@@ -63,10 +61,17 @@ _ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 
 
 def activate(z: Tensor, activation: Activation | None) -> Tensor:
-    """``activation(z)`` in PyTorch's operators."""
+    """``activation(z)``: the function of ``torch.nn.functional`` or ``torch``."""
     if activation is None:
         return z
     return _ACTIVATIONS[activation.name][0](z, activation.parameter)
+
+
+def _activated(z: Tensor, activation: Activation | None) -> Tensor:
+    """:func:`activate`, but for F.gelu, whose float32 is up to 5 roundings of z off where a CPU takes it in vectors."""
+    if activation is not None and activation.name == "gelu":
+        return z * torch.special.ndtr(z)
+    return activate(z, activation)
 
 
 def gradient(g: Tensor, z: Tensor, activation: Activation) -> Tensor:
@@ -195,7 +200,7 @@ def normalize(
     packed = None
     if bits and activation is not None:
         packed = pack(gradient(torch.ones_like(z), z, activation) == 1, x)
-    return activate(z, activation).to(x.dtype), packed
+    return _activated(z, activation).to(x.dtype), packed
 
 
 def forward(
@@ -287,29 +292,6 @@ def backward_apply(
     return torch.empty_like(like).copy_(g * _channelwise(scale, like)), dresidual
 
 
-def composite(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    activation: Activation | None,
-) -> Tensor:
-    """The layer in PyTorch's operators, which have rules for every transform (and PyTorch's errors)."""
-    factor = 0.0 if momentum is None else momentum
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-        if momentum is None:
-            factor = 1.0 / float(num_batches_tracked)
-    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, factor, eps)
-    return activate(y if residual is None else y + residual, activation)
-
-
 def differentiable_backward(
     dy: Tensor,
     x: Tensor | None,
@@ -345,7 +327,7 @@ def differentiable_backward(
     if packed is not None:
         g = _gradient(dy, x, stats, None, None, None, packed, activation)
         activation = None
-    y = activate(_preactivation(x, mean, invstd, weight, bias, residual), activation)
+    y = _activated(_preactivation(x, mean, invstd, weight, bias, residual), activation)
     wanted = [t for t, needed in zip(places, needs, strict=True) if needed and t is not None]
     found = iter(torch.autograd.grad(y, wanted, g, create_graph=create_graph) if wanted else ())
     gradients = [

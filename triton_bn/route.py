@@ -1,30 +1,78 @@
-"""Where a call goes: to the kernels, to the registered operators, or to PyTorch's own operators."""
+"""Who computes a call: the kernels, the registered operators, or PyTorch's own operators."""
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from triton_bn import launch
 
-__all__ = ["transformed", "use_kernels", "watched"]
+__all__ = ["on_gpu", "route", "transformed"]
 
 
-def use_kernels(x: Tensor) -> bool:
-    """Whether a tensor goes to the Triton kernels: on a GPU, or on the CPU under TRITON_INTERPRET=1."""
+def route(
+    input: Tensor, *others: Tensor | None, batch_statistics: bool, shared: bool = False
+) -> Literal["kernels", "operators", "torch"]:
+    """Who computes a call.
+
+    ==========================================================  ==========================================
+    the call                                                    is computed by
+    ==========================================================  ==========================================
+    a CPU tensor; meta tensors; other devices                   PyTorch's own operators
+    a GPU tensor, eager                                         the kernels
+    torch.export, ONNX, torch.jit.trace                         PyTorch's own operators
+    torch.func, forward-mode AD                                 PyTorch's own operators
+    torch.compile, running statistics                           PyTorch's own operators: they fuse and fold
+    torch.compile, batch statistics, on a GPU                   the operators ``torch.ops.triton_bn.*``
+    tensor subclasses (DTensor, say)                            PyTorch's own operators
+    under a dispatch mode (fake tensors, loggers), on a GPU     the operators ``torch.ops.triton_bn.*``
+    ==========================================================  ==========================================
+
+    With ``TRITON_INTERPRET=1`` a CPU tensor counts as one on a GPU in every row.
+
+    Args:
+        input: what is to be normalized; where it is decides first, so that on a CPU nothing else is looked at.
+        others: the other tensors of the call, or ``None``: any of them may be of a subclass.
+        batch_statistics: whether the call normalizes by the statistics of its batch (training).
+        shared: the batch is shared with other processes, which no operator of PyTorch's does on every device:
+            the kernels or, on a CPU, the halves of :mod:`triton_bn.reference` are called, ``"kernels"``, or
+            the operators that stand for them.
+    """
+    if not (shared or on_gpu(input)):
+        return "torch"
+    if torch.compiler.is_compiling():
+        # Not is_exporting(): dynamo of some releases takes that for true whatever it compiles for.
+        exporting = torch.compiler._is_exporting_flag
+        ours = batch_statistics and not exporting and not transformed()
+        return "operators" if ours or shared else "torch"
+    if (torch.jit.is_tracing() or transformed()) and not shared:  # type: ignore[attr-defined]
+        return "torch"
+    kinds = {*map(type, (input, *others))}
+    if not kinds <= _PLAIN:
+        return "operators" if shared or kinds <= _WITHOUT_DATA else "torch"
+    return "operators" if torch._C._len_torch_dispatch_stack() > 0 else "kernels"
+
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+_WITHOUT_DATA = _PLAIN | {FakeTensor, FunctionalTensor}
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether the kernels can take a tensor: on a GPU, or on the CPU under TRITON_INTERPRET=1."""
     return x.is_cuda or (x.device.type == "cpu" and launch.interpreting())
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
-
-
-def watched(*tensors: Tensor | None) -> bool:
-    """Whether somebody wants to see operators: a dispatch mode, or a tensor subclass."""
-    return torch._C._len_torch_dispatch_stack() > 0 or not _PLAIN.issuperset(map(type, tensors))
-
-
-@torch.compiler.assume_constant_result  # asked while dynamo traces; it guards the transforms itself
 def transformed() -> bool:
     """Whether torch.func or forward-mode AD is at work."""
     return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
+
+
+# Asked while dynamo traces; it guards the transforms itself. What torch.compiler.assume_constant_result(transformed)
+# does, without importing dynamo: that takes a second.
+_marked: Any = transformed
+_marked._dynamo_marked_constant = True

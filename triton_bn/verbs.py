@@ -10,9 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from triton_bn import launch, reference, route
+from triton_bn import launch, reference
 from triton_bn.plan import Device, Plans
 from triton_bn.problem import FLOATING, Activation, Problem, canonical, describe
+from triton_bn.route import on_gpu as use_kernels
 from triton_bn.sync import DISAGREE, Ranks
 from triton_bn.tuning.resolve import resolve, usual
 
@@ -56,7 +57,7 @@ def forward(
         return _forward_shared(
             ranks, x, weight, bias, running, residual, momentum, eps, activation, bits
         )
-    if not route.use_kernels(x):
+    if not use_kernels(x):
         return reference.forward(
             x, weight, bias, running_mean, running_var, num_batches_tracked, residual,
             momentum, eps, activation, bits,
@@ -91,7 +92,7 @@ def _forward_shared(
 ) -> Outputs:
     """The halves of :func:`forward`, with the collective between them."""
     ranks.agree()
-    tag, kernels, empty = FLOATING.index(x.dtype), route.use_kernels(x), x.numel() == 0
+    tag, kernels, empty = FLOATING.index(x.dtype), use_kernels(x), x.numel() == 0
     if empty:
         row = x.new_zeros(2 * x.shape[1] + 2, dtype=torch.float64)
         row[-1] = tag
@@ -140,7 +141,7 @@ def normalize(
     bits: bool,
 ) -> Outputs:
     """The transform by a given mean and biased variance (C,): y, stats (2, C) and the packed slopes."""
-    if not route.use_kernels(x):
+    if not use_kernels(x):
         acc = reference.accumulator(x.dtype)
         stats = torch.stack([mean.to(acc), (variance.to(acc) + eps).rsqrt()])
         y, packed = reference.normalize(
@@ -172,7 +173,7 @@ def again(
     activation: Activation | None,
 ) -> Tensor:
     """The y of an earlier :func:`forward` or :func:`normalize`, of which ``stats`` is: bit for bit."""
-    if not route.use_kernels(x):
+    if not use_kernels(x):
         return reference.normalize(x, stats[0], stats[1], weight, bias, residual, activation)[0]
     problem, x = describe(x, training=False, residual=residual is not None, activation=activation)
     plan = usual(problem, Device.current(x.device))
@@ -212,7 +213,7 @@ def backward(
         )
         return dx, dweight, dbias, dresidual
     share = None if ranks is None else means
-    if route.use_kernels(dy):
+    if use_kernels(dy):
         problem, seen = describe(
             dy if x is None else x,
             direction="backward",

@@ -29,7 +29,7 @@ from triton_bn.conversion.derive import derived
 from triton_bn.conversion.replace import Behind
 from triton_bn.modules import _Fused
 from triton_bn.problem import Activation
-from triton_bn.route import transformed, use_kernels, watched
+from triton_bn.route import on_gpu, route
 
 __all__ = [
     "METHODS", "MODULES", "FusingBehind", "Pending", "activation_of", "add", "add_in_place", "after", "call",
@@ -42,13 +42,8 @@ __all__ = [
 
 def computes(layer: _Fused, input: Tensor) -> bool:
     """Whether kernels or operators of ours compute this call, PyTorch's own do otherwise."""
-    if type(input) is not Tensor or torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined]
-        return False
-    if torch.compiler.is_compiling():
-        return input.is_cuda and (layer.training or layer.running_mean is None)
-    if transformed():
-        return False
-    return use_kernels(input) and (input.is_cuda or not watched(input))
+    batch_statistics = layer.training or layer.running_mean is None
+    return route(input, batch_statistics=batch_statistics) != "torch"
 
 
 def could_compute(*arguments: Any) -> bool:
@@ -57,7 +52,7 @@ def could_compute(*arguments: Any) -> bool:
         if isinstance(argument, list | tuple) and argument:
             argument = argument[0]
         if isinstance(argument, Tensor):
-            return argument.is_cuda if torch.compiler.is_compiling() else use_kernels(argument)
+            return on_gpu(argument)
         if isinstance(argument, Proxy):
             return False
     return True

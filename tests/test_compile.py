@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -191,6 +192,30 @@ def test_every_candidate() -> None:
         if runs_out(case.target, kernel)
     ]
     assert not bad, "\n".join(bad)
+
+
+class Bomb:
+    """A plan of which whoever reads it dies, as of a compiler's crash."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.driver, self.transform = plan.driver, plan.transform
+
+    def __reduce__(self) -> object:
+        return os._exit, (9,)
+
+
+def test_a_compiler_that_dies_costs_one_plan() -> None:
+    """The cases have one tile, so that one process is to compile them all: another goes on."""
+    one = problem((32, 64, 14, 14))
+    case = plans(one, "sm_90", search=False)[0]
+    refused = case._replace(target="sm_1")
+    cases = [case, case._replace(plan=Bomb(case.plan)), case, refused]
+    answers = dict(report.compile_each(cases, jobs=1, instructions=False))
+    assert answers[1] == "the compiler died (9)"
+    assert answers[0] == answers[2] == report.compile_all([case], instructions=False)[0]
+    assert "KeyError" in answers[3]
+    with pytest.raises(RuntimeError, match=f"sm_90, {re.escape(str(one))}.*the compiler died"):
+        report.compile_all(cases[:3], jobs=1, instructions=False)
 
 
 # ---- the report itself ----

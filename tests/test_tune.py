@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from triton_bn import launch
+from triton_bn.inspection.report import KernelFacts
 from triton_bn.plan import DEVICES, Device, Plan, candidates, heuristic
 from triton_bn.problem import Problem
-from triton_bn.tuning import cache, memory, resolve, search
-from triton_bn.tuning.tune import tune
+from triton_bn.tuning import ahead, cache, memory, resolve, search
+from triton_bn.tuning.tune import compile_ahead, tune
 
 GPU = DEVICES["H200"]
 
@@ -60,6 +62,9 @@ class Bench:
         self.cost = cost
         self.now = 0.0
         self.runs: list[Plan] = []
+        #: What the compiler says, and what it was asked.
+        self.facts: dict[tuple[Problem, Device], dict[Plan, object]] = {}
+        self.compilations: list[tuple[list[tuple[Problem, Device, object]], dict[str, object]]] = []
         #: What is wrong with a plan's results.
         self.verdict: Callable[[Plan], str | BaseException] = lambda plan: ""
         self.trials: list[tuple[Problem, Plan, Device]] = []
@@ -67,6 +72,10 @@ class Bench:
     def trial(self, problem: Problem, plan: Plan, device: Device) -> Run:
         self.trials.append((problem, plan, device))
         return Run(self, plan)
+
+    def compiled(self, wanted: list[tuple[Problem, Device, object]], **options: object) -> object:
+        self.compilations.append((wanted, options))
+        return self.facts
 
     def timer(self, run: Callable[[], None], runs: int) -> list[float]:
         times = []
@@ -97,6 +106,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     bench = Bench(lambda plan: 1.0 if plan == PLANS[-1] else 2.0 + PLANS.index(plan) * 1e-3)
     monkeypatch.setattr(search, "_launch_trial", bench.trial)
     monkeypatch.setattr(search, "time_cold", bench.timer)
+    monkeypatch.setattr(search, "_compiled", bench.compiled)
+    monkeypatch.setattr(search, "require_gpu", lambda verb: None)
     monkeypatch.setattr(search, "monotonic", lambda: bench.now)
     return bench
 
@@ -785,8 +796,95 @@ def test_ctrl_c_during_several_searches_reports_all_that_was_found(bench: Bench)
     assert [result.complete for result in caught.value.report] == [True, False]
 
 
+def fact(**changes: object) -> tuple[KernelFacts, ...]:
+    usual = {
+        "kernel": "k", "programs": 132, "warps": 4, "registers": 64, "spilled": 0, "shared": 0, "resident": 8,
+        "occupancy": 0.5, "waves": 1.0, "loads": {"x": 16}, "stores": {"y": 16}, "moved": 100,
+        "instructions": None,
+    }  # fmt: skip
+    return (KernelFacts(**{**usual, **changes}),) * 2  # type: ignore[arg-type]
+
+
+def test_what_the_compiler_rules_out_is_not_timed(bench: Bench) -> None:
+    """Which is what does not compile, and what is no better than another of its driver in any fact."""
+    same = replace(PLANS[0], window=1)
+    assert ahead.dominated(FORWARD, {PLANS[0]: fact(), same: fact()}) == set()
+    assert ahead.dominated(FORWARD, {PLANS[0]: fact(spilled=8), same: fact()}) == {PLANS[0]}
+    better = fact(spilled=8, occupancy=0.75)
+    assert ahead.dominated(FORWARD, {PLANS[0]: better, same: fact()}) == set()
+    other = replace(same, driver="streamed")
+    assert ahead.dominated(FORWARD, {PLANS[0]: fact(spilled=8), other: fact()}) == set()
+
+    splits = [plan for plan in PLANS if plan.driver == "split"]
+    worse = fact(spilled=8, occupancy=0.1, moved=200, resident=1, waves=1.01, loads={"x": 2})
+    facts = {plan: fact(resident=64) if plan == splits[-1] else worse for plan in splits}
+    facts[splits[2]] = "CompilationError: no\nmore"
+    bench.facts[FORWARD, GPU] = facts
+    (result,) = search.search_all([(FORWARD, GPU)], progress=False)
+    status = {row.plan: row.status for row in result.rows}
+    assert status[splits[2]] == "failed: CompilationError: no"
+    timed = {plan for _, plan, _ in bench.trials}
+    assert status[PLANS[0]] == "timed"  # the heuristic's always is
+    assert result.complete
+    dominated = ahead.dominated(FORWARD, facts) - {PLANS[0]}
+    assert dominated
+    assert {plan for plan in PLANS if status[plan] == "dominated"} == dominated
+    assert not timed & {*dominated, splits[2]}
+
+
+def test_half_of_a_budget_is_for_compilation_of_what_is_new(bench: Bench) -> None:
+    bench.cost = lambda plan: 1.0
+    search.search_all([(FORWARD, GPU)], progress=False)
+    started = bench.now
+    search.search_all([(FORWARD, GPU), (problem(49), GPU)], budget=10.0, progress=False)
+    (wanted, options) = bench.compilations[1]
+    assert [pair[:2] for pair in wanted] == [(problem(49), GPU)]
+    assert options["deadline"] == pytest.approx(started + 5.0)
+    search.search_all([(FORWARD, GPU)], again=True, progress=False)
+    assert [pair[0] for pair in bench.compilations[2][0]] == [FORWARD]
+
+
+def test_without_a_gpu_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    layer = Layer()
+    for verb in (tune, compile_ahead):
+        with pytest.raises(RuntimeError, match=r"nothing to .*sees no GPU.*inspect"):
+            verb(layer, torch.ones(2, 3136))
+    assert layer.calls == 0
+
+
+def test_compile_ahead_compiles_what_a_step_runs_and_launches_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[object] = []
+    launched: list[object] = []
+
+    def compile_plans(plans: list[object], **options: object) -> object:
+        wanted.extend(plans)
+        return {(FORWARD, GPU): {PLANS[0]: fact()}, (problem(49), GPU): {PLANS[1]: answer}}
+
+    class Launching(Layer):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            launch.run("kernel", 1, (), {})
+            return super().forward(x)
+
+    monkeypatch.setattr(ahead, "compile_plans", compile_plans)
+    monkeypatch.setattr(launch, "run", lambda *arguments: launched.append(arguments))
+    answer: object = fact()
+    assert compile_ahead(Launching(), torch.ones(2, 3136)) == 2
+    assert wanted == [(p, GPU, (heuristic(p, GPU),)) for p in (FORWARD, problem(training=False))]
+    assert launched == []
+    launch.run("kernel")
+    assert len(launched) == 1
+    answer = "CompilationError: no"
+    with pytest.raises(
+        RuntimeError, match="1 plans do not compile, the first: CompilationError: no"
+    ):
+        compile_ahead(Layer(), torch.ones(2, 3136))
+
+
 @pytest.mark.parametrize("model", [nn.Identity(), Layer(DEVICES["interpreter"])])
-def test_a_model_without_our_layers_on_a_gpu_is_an_error(model: nn.Module) -> None:
+def test_a_model_without_our_layers_on_a_gpu_is_an_error(bench: Bench, model: nn.Module) -> None:
     with pytest.raises(RuntimeError, match=r"nothing to tune.*triton_bn\.convert.*inspect"):
         tune(model, torch.ones(2, 8))
 

@@ -62,6 +62,7 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
         return Idle()
 
     monkeypatch.setattr(search, "_launch_trial", trial)
+    monkeypatch.setattr(search, "_compiled", lambda *_, **__: {})
     monkeypatch.setattr(search, "time_cold", lambda run, n: [1.0] * n)
     monkeypatch.setattr(tune_command, "batch_norm", batch_norm)
     monkeypatch.setattr(tune_command, "_gpu", lambda: torch.device("cpu"))

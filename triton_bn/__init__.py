@@ -10,7 +10,7 @@ from triton_bn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNo
 from triton_bn.problem import Activation
 from triton_bn.recompute import recompute
 from triton_bn.tuning.resolve import use
-from triton_bn.tuning.tune import tune
+from triton_bn.tuning.tune import compile_ahead, tune
 from triton_bn.version import __version__
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "BatchNorm3d",
     "SyncBatchNorm",
     "__version__",
+    "compile_ahead",
     "conversion_report",
     "convert",
     "functional",

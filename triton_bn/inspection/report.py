@@ -11,11 +11,14 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +39,7 @@ __all__ = [
     "Target",
     "compile",
     "compile_all",
+    "compile_each",
     "floor",
     "gradient_of",
     "plans",
@@ -360,75 +364,140 @@ def compile_all(
     """:func:`compile` for each case, in fresh processes without TRITON_INTERPRET.
 
     Args:
-        jobs: how many processes; as many as CPUs by default. Cases whose tiles are the same go to
-            the same one, which compiles the kernels that they share only once.
+        jobs: as :func:`compile_each` takes it.
 
     Raises:
         RuntimeError: for a case that does not compile, in the compiler's words.
+    """
+    results: dict[int, tuple[KernelFacts, ...]] = {}
+    with closing(compile_each(cases, jobs=jobs, instructions=instructions)) as answers:
+        for i, answer in answers:
+            if isinstance(answer, str):
+                problem, plan, target = cases[i]
+                raise RuntimeError(f"{target}, {problem}, {plan}: {answer}")
+            results[i] = answer
+    return [results[i] for i in range(len(cases))]
+
+
+def compile_each(
+    cases: Sequence[Case], *, jobs: int | None = None, instructions: bool = True
+) -> Generator[tuple[int, tuple[KernelFacts, ...] | str], None, None]:
+    """:func:`compile` for each case, in fresh processes without TRITON_INTERPRET, as they are done.
+
+    To close the generator ends the processes. What they compiled stays in Triton's cache on disk, where a
+    launch on such a GPU finds it.
+
+    Args:
+        jobs: how many processes; as many as CPUs by default. Cases whose tiles are the same go to
+            the same one, which compiles the kernels that they share only once.
+
+    Yields:
+        The case's index, and its facts, or why it did not compile: in the compiler's words, or that the
+        process died of it.
     """
     groups: dict[Any, list[int]] = {}
     for i, case in enumerate(cases):
         tile = replace(case.plan.transform, splits=1)
         key = case.target, case.plan.driver, tile, case.problem.dtype, case.problem.direction
         groups.setdefault(key, []).append(i)
-    queue = list(groups.values())
-    results: dict[int, tuple[KernelFacts, ...]] = {}
+    queue, answers = deque(groups.values()), SimpleQueue[tuple[int, Any]]()
+    processes: list[subprocess.Popen[bytes]] = []
+    closed = False
+
+    def work() -> None:
+        process: subprocess.Popen[bytes] | None = None
+        while not closed:
+            try:
+                group = queue.popleft()
+            except IndexError:
+                break
+            if process is None:
+                process = _worker()
+                processes.append(process)
+            done = 0
+            try:
+                for i in group:
+                    done += 1
+                    answers.put((i, _ask(process, cases[i], instructions)))
+            except (EOFError, OSError, pickle.UnpicklingError):
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(1)  # for its own exit code
+                _end(process)
+                # It died of the last one asked for. The others are for the next process.
+                answers.put((group[done - 1], f"the compiler died ({process.returncode})"))
+                if group[done:]:
+                    queue.appendleft(group[done:])
+                process = None
+        if process is not None:
+            _end(process)
+
+    jobs = max(min(jobs or os.cpu_count() or 1, len(groups)), 1)
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            workers = [pool.submit(work) for _ in range(jobs)]
+            for _ in cases:
+                while answers.empty() and not all(worker.done() for worker in workers):
+                    time.sleep(0.002)
+                if answers.empty():
+                    break  # a worker could not even be started
+                yield answers.get()
+            for worker in workers:
+                worker.result()
+        finally:
+            closed = True
+            queue.clear()
+            for process in processes:
+                process.kill()
+
+
+def _worker() -> subprocess.Popen[bytes]:
+    """A process that compiles (:func:`_serve`)."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = str(Path(__file__).parents[2])
     paths = filter(None, [root, environment.get("PYTHONPATH", "")])
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     command = [sys.executable, "-c", "from triton_bn.inspection import report; report._serve()"]
+    # In the folder of this very package: the current one comes first where Python looks.
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=root
+    )
 
-    def work() -> None:
-        # In the folder of this very package: the current one comes first where Python looks.
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=root
-        ) as process:
-            requests, answers = process.stdin, process.stdout
-            assert requests is not None
-            assert answers is not None
-            while queue:
-                group = queue.pop(0)
-                pickle.dump(([cases[i] for i in group], instructions), requests)
-                requests.flush()
-                try:
-                    answer = pickle.load(answers)
-                except EOFError:
-                    answer = f"the compiler died on one of {[cases[i] for i in group]}"
-                if isinstance(answer, str):
-                    queue.clear()
-                    raise RuntimeError(answer)
-                results.update(zip(group, answer, strict=True))
-            requests.close()
 
-    jobs = max(min(jobs or os.cpu_count() or 1, len(groups)), 1)
-    with ThreadPoolExecutor(jobs) as pool:
-        for done in [pool.submit(work) for _ in range(jobs)]:
-            done.result()
-    return [results[i] for i in range(len(cases))]
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """It holds nothing that is still wanted."""
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        with suppress(OSError):  # a request that nobody will read
+            pipe.close()  # type: ignore[union-attr]
+    process.wait()
+
+
+def _ask(process: subprocess.Popen[bytes], case: Case, instructions: bool) -> Any:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    pickle.dump((case, instructions), process.stdin)
+    process.stdin.flush()
+    return pickle.load(process.stdout)
 
 
 def _serve() -> None:
-    """The loop of a process of :func:`compile_all`: cases come by stdin, facts go by stdout."""
+    """The loop of a process of :func:`compile_each`: cases come by stdin, answers go by stdout."""
     requests, answers = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a compiler prints must not get among the answers
     while True:
         try:
-            cases, instructions = pickle.load(requests)
+            case, instructions = pickle.load(requests)
         except EOFError:
             return
-        pickle.dump(_answer(cases, instructions), answers)
+        pickle.dump(_answer(case, instructions), answers)
         answers.flush()
 
 
-def _answer(cases: Sequence[Case], instructions: bool) -> list[tuple[KernelFacts, ...]] | str:
-    facts = []
-    for case in cases:
-        try:
-            facts.append(compile(*case, instructions=instructions))
-        except Exception as error:
-            return f"{case.target}, {case.problem}, {case.plan}: {type(error).__name__}: {error}"
-    return facts
+def _answer(case: Case, instructions: bool) -> tuple[KernelFacts, ...] | str:
+    try:
+        return compile(*case, instructions=instructions)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 # ---- the report ----

@@ -37,8 +37,9 @@ class Row:
     """A candidate, and what came of it.
 
     ``status`` is ``"timed"``, ``"stopped early"`` (hopeless after a few runs), ``"failed: ..."``,
-    ``"wrong result: ..."``, ``"not checked: ..."`` (there was no memory to look at its results),
-    ``"not reached"`` (the budget, or Ctrl-C), or ``"remembered"`` from an earlier search.
+    ``"dominated"`` (not timed: the compiler says that another is better), ``"wrong result: ..."``,
+    ``"not checked: ..."`` (there was no memory to look at its results), ``"not reached"`` (the budget, or
+    Ctrl-C), or ``"remembered"`` from an earlier search.
     """
 
     plan: Plan

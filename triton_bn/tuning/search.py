@@ -18,9 +18,9 @@ import math
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -29,12 +29,17 @@ from triton_bn.problem import Problem
 from triton_bn.tuning import cache, memory
 from triton_bn.tuning.results import Report, Result, Row, Timing, progress_bar
 
+if TYPE_CHECKING:
+    from triton_bn.tuning.ahead import Facts
+
 logger = logging.getLogger(__name__)
 
 __all__ = [
     "WITHOUT_GPU",
     "Interrupted",
     "measure",
+    "on_a_gpu",
+    "require_gpu",
     "search",
     "search_all",
     "search_once",
@@ -131,6 +136,16 @@ def measure(
 # ---- Searching -----------------------------------------------------------------------------------
 
 
+def require_gpu(verb: str) -> None:
+    """Refuses where there is none, before anything runs.
+
+    Raises:
+        RuntimeError: then.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"nothing to {verb}: PyTorch sees no GPU. {WITHOUT_GPU}")
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C during a search: ``report`` holds what was found until then, and is remembered."""
 
@@ -160,6 +175,7 @@ def search(
     timer: Timer | None = None,
     trial: Trial | None = None,
     title: str | None = None,
+    facts: Facts | None = None,
 ) -> Result:
     """Times every candidate for a problem, on scratch tensors, and remembers the fastest.
 
@@ -174,6 +190,8 @@ def search(
         progress: show a bar (with rich) or a line, on stderr.
         timer, trial: as :data:`Timer` and :data:`Trial`; the GPU's by default.
         title: of the bar; the problem by default.
+        facts: what the compiler says of the candidates (:func:`triton_bn.tuning.ahead.compile_plans`): what does
+            not compile, or is dominated by another candidate, is not timed.
 
     Raises:
         Interrupted: for Ctrl-C, after what was found has been stored.
@@ -186,6 +204,17 @@ def search(
     order = dict.fromkeys([*([known] if known else []), untuned, *candidates(problem, device)])
     plans = [with_source(plan, "heuristic" if plan == untuned else "candidate") for plan in order]
     rows = {plan: Row(plan, "not reached") for plan in plans}
+    for plan, answer in (facts or {}).items():
+        if isinstance(answer, str) and plan in rows:
+            rows[plan] = Row(
+                plan, f"failed: {(answer.strip() or 'no message').splitlines()[0][:200]}"
+            )
+    if facts:
+        from triton_bn.tuning import ahead
+
+        for plan in ahead.dominated(problem, facts):
+            if plan in rows and plan not in (untuned, known):
+                rows[plan] = Row(plan, "dominated")
     best, interrupted = math.inf, False
     logger.info("searching on %s: %s: %d plans", device.name, problem, len(plans))
 
@@ -213,6 +242,9 @@ def search(
             for plan in plans:
                 if monotonic() >= deadline:
                     break
+                if rows[plan].status != "not reached":
+                    advance(best)
+                    continue
                 rows[plan] = row = attempt(plan)
                 if row.status == "timed":
                     best = min(best, _median(row))
@@ -322,6 +354,29 @@ def search_once(problem: Problem, device: Device, *, again: bool = False, **opti
         return search(problem, device, **options)
 
 
+def on_a_gpu(met: Iterable[tuple[Problem, Device]], verb: str) -> list[tuple[Problem, Device]]:
+    """The problems that were met on a GPU, the largest first.
+
+    Raises:
+        RuntimeError: where there are none.
+    """
+    found = [pair for pair in met if pair[1].arch != "interpreter"]
+    if not found:
+        raise RuntimeError(
+            f"nothing to {verb}: no batch norm of triton_bn ran on a GPU. Stock layers must be "
+            "converted (triton_bn.convert), and model and inputs be on a GPU. " + WITHOUT_GPU
+        )
+    return sorted(found, key=lambda pair: -pair[0].numel)
+
+
+def _compiled(
+    wanted: list[tuple[Problem, Device, tuple[Plan, ...]]], **options: Any
+) -> Mapping[tuple[Problem, Device], Facts]:
+    from triton_bn.tuning import ahead  # Triton is not there on every platform
+
+    return ahead.compile_plans(wanted, **options)
+
+
 def search_all(
     met: Iterable[tuple[Problem, Device]],
     *,
@@ -330,17 +385,20 @@ def search_all(
     progress: bool = True,
 ) -> Report:
     """Searches for problems that :func:`triton_bn.tuning.memory.record` has collected."""
-    found = sorted(
-        (pair for pair in met if pair[1].arch != "interpreter"), key=lambda pair: -pair[0].numel
-    )
-    if not found:
-        raise RuntimeError(
-            "nothing to tune: no batch norm of triton_bn ran on a GPU. Stock layers must be "
-            "converted (triton_bn.convert), and model and inputs be on a GPU. " + WITHOUT_GPU
-        )
-    deadline = math.inf if budget is None else monotonic() + budget
+    found = on_a_gpu(met, "tune")
+    start = monotonic()
+    deadline = math.inf if budget is None else start + budget
     results: list[Result] = []
     try:
+        new = [
+            (problem, device, candidates(problem, device))
+            for problem, device in found
+            if again or _remembered(problem, device) is None
+        ]
+        # What is not compiled after half of the time is compiled when its turn comes.
+        facts = _compiled(
+            new, deadline=math.inf if budget is None else start + budget / 2, progress=progress
+        )
         for number, (problem, device) in enumerate(found, start=1):
             results.append(
                 search_once(
@@ -350,6 +408,7 @@ def search_all(
                     budget=None if budget is None else max(deadline - monotonic(), 0.0),
                     progress=progress,
                     title=f"{number}/{len(found)} {problem}",
+                    facts=facts.get((problem, device)),
                 )
             )
     except Interrupted as error:

@@ -349,6 +349,7 @@ def test_the_table_can_be_read_and_computed_with(bench: Bench) -> None:
     assert rows[0]["best"]
     assert rows[0]["median_ms"] == pytest.approx(1.0)
     assert rows[0]["transform_warps"] == PLANS[-1].transform.warps
+    assert (rows[0]["channels"], rows[0]["program_channels"]) == (64, PLANS[-1].channels)
     assert [row["heuristic"] for row in rows].count(True) == 1
     assert len({tuple(row) for row in rows}) == 1
     assert "2.00x" in result.summary()

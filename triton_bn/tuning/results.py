@@ -132,6 +132,8 @@ def _flat(plan: Plan) -> dict[str, Any]:
     for name, value in plan.as_dict().items():
         if name in ("transform", "reduce"):
             flat |= {f"{name}_{f.name}": value and value[f.name] for f in fields(Tile)}
+        elif name == "channels":  # of a resident program: the problem has channels too
+            flat["program_channels"] = value
         else:
             flat[name] = value
     return flat

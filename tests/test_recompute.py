@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import oracle
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from oracle import Path
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import triton_bn
 from triton_bn import recompute, route, verbs
@@ -35,7 +42,7 @@ def computer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def times(computer: str) -> int:
-    """How often an output behind a ReLU is made: PyTorch's ReLU keeps it, too, and asks later."""
+    """How often an output behind an activation is made: PyTorch's keep it, or what it is of, and ask later."""
     return 2 if computer == "torch" else 1
 
 
@@ -74,11 +81,15 @@ class Net(nn.Module):
         #: Whose storage is still there.
         self.outputs: list[StorageWeakRef] = []
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         y = self.bn1(self.conv1(x))
         z = self.bn2(self.conv2(y), y)
-        self.outputs = [StorageWeakRef(t.untyped_storage()) for t in (y, z)]
-        return self.linear(F.adaptive_avg_pool2d(self.conv3(z), 2).flatten(1))
+        return y, z, self.linear(F.adaptive_avg_pool2d(self.conv3(z), 2).flatten(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        *outputs, result = self.compute(x)
+        self.outputs = [StorageWeakRef(t.untyped_storage()) for t in outputs]
+        return result
 
     @property
     def kept(self) -> list[bool]:
@@ -359,3 +370,274 @@ def test_nested_it_is_one(computer: str, made: list[Any]) -> None:
     assert recording() is None
     z.sum().backward()
     assert len(made) == times(computer)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("outside", [False, True], ids=["inside", "outside"])
+def test_checkpoints(computer: str, made: list[Any], reentrant: bool, outside: bool) -> None:
+    """A checkpoint inside keeps its own way; one outside sees nothing of ours; statistics advance as stock's."""
+
+    def run(inside: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        first, last = (
+            nn.Sequential(
+                nn.Conv2d(3, 3, 1), triton_bn.BatchNorm2d(3, activation="relu"), nn.Conv2d(3, 3, 1)
+            )
+            for _ in range(2)
+        )
+        x = randn(4, 3, 5, 5).requires_grad_()
+        where = triton_bn.recompute if inside else nullcontext
+
+        def forward(x: Tensor) -> Tensor:
+            with where() if outside else nullcontext():
+                return last(first(x))  # type: ignore[no-any-return]
+
+        if outside:
+            y = checkpoint(forward, x, use_reentrant=reentrant)
+        else:
+            with where():
+                y = last(checkpoint(first, x, use_reentrant=reentrant))
+        y.square().sum().backward()
+        models = nn.ModuleList([first, last])
+        return [p.grad for p in models.parameters()] + [x.grad, *models.buffers()]  # type: ignore[list-item,return-value]
+
+    assert same(run(True), run(False))
+    # A reentrant checkpoint runs its forward anew outside of the context; its hooks were never asked.
+    expected = 0 if outside and not reentrant else 2 if outside else 1
+    assert len(made) == expected * times(computer)
+
+
+def test_torch_func_in_the_models_own_forward(computer: str) -> None:
+    """Hooks are disabled there."""
+    layer = triton_bn.BatchNorm1d(4, activation="silu").eval()
+
+    def forward(x: Tensor) -> Tensor:
+        with triton_bn.recompute():
+            assert recording() is None
+            return layer(x).square().sum()  # type: ignore[no-any-return]
+
+    x = randn(6, 4)
+    expected = x.clone().requires_grad_()
+    forward_ = layer(expected).square().sum()
+    forward_.backward()
+    torch.testing.assert_close(torch.func.grad(forward)(x), expected.grad)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["outside", "inside"])
+def test_compiled_it_does_nothing(computer: str, made: list[Any], inside: bool) -> None:
+    net, x = Net(), randn(5, 3, 7, 7)
+
+    def forward(x: Tensor) -> Tensor:
+        if not inside:
+            return net.compute(x)[-1]
+        with triton_bn.recompute():
+            return net.compute(x)[-1]
+
+    compiled = torch.compile(forward, backend="aot_eager", fullgraph=True)
+    with nullcontext() if inside else triton_bn.recompute():
+        loss = compiled(x).square().mean()
+    loss.backward()
+    assert not made
+    expected = step(Net(), x, False)
+    for p, e in zip(net.parameters(), expected, strict=False):
+        torch.testing.assert_close(p.grad, e)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_exported_and_traced_it_leaves_no_mark() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.head = triton_bn.BatchNorm1d(4, activation="relu"), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with triton_bn.recompute():
+                return self.head(self.bn(x))  # type: ignore[no-any-return]
+
+    model, x = Model().eval(), randn(6, 4)
+    expected = model(x)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), expected)  # type: ignore[no-untyped-call]
+
+
+def test_another_thread_is_not_in_the_context(computer: str, made: list[Any]) -> None:
+    net, x = Net(), randn(5, 3, 7, 7)
+    found: list[Any] = []
+    with triton_bn.recompute():
+        thread = threading.Thread(
+            target=lambda: found.append((recording(), net(x).sum().backward()))
+        )
+        thread.start()
+        thread.join()
+    assert found == [(None, None)]
+    assert not made
+
+
+def test_backward_in_another_thread_and_inside_the_context(computer: str, made: list[Any]) -> None:
+    expected = step(Net(), randn(5, 3, 7, 7), False)
+    for inside in (False, True):
+        net = Net()
+        with triton_bn.recompute():
+            loss = net(randn(5, 3, 7, 7)).square().mean()
+            if inside:
+                loss.backward()
+        if not inside:
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+        grads = [p.grad for p in net.parameters()]
+        assert same(grads, expected[: len(grads)])  # type: ignore[arg-type]
+    assert len(made) == 2 * times(computer)
+
+
+# Backward in every way.
+
+
+def test_backward_again_and_again(computer: str, made: list[Any]) -> None:
+    """A retained graph, several backward passes, accumulated gradients, gradients of a part."""
+    results = []
+    for inside in (False, True):
+        net = Net("silu")
+        for seed in range(2):  # accumulated
+            with triton_bn.recompute() if inside else nullcontext():
+                loss = net(randn(5, 3, 7, 7, seed=seed)).square().mean()
+            (part,) = torch.autograd.grad(loss, net.conv2.weight, retain_graph=True)
+            loss.backward(retain_graph=True)
+            loss.backward()
+        results.append([part, *(p.grad for p in net.parameters())])
+    assert same(*results)  # type: ignore[arg-type]
+    assert len(made) > 4
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+def test_double_backward(computer: str, made: list[Any]) -> None:
+    results = []
+    for inside in (False, True):
+        net, x = Net("silu").double(), randn(5, 3, 7, 7, dtype=torch.float64).requires_grad_()
+        with triton_bn.recompute() if inside else nullcontext():
+            loss = net(x).square().mean()
+        (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+        dx.square().sum().backward()
+        results.append([dx.detach(), x.grad, *(p.grad for p in net.parameters())])
+    assert made
+    assert same(*results)  # type: ignore[arg-type]
+
+
+def test_an_exception_in_between_changes_nothing(computer: str, made: list[Any]) -> None:
+    net, x = Net(), randn(5, 3, 7, 7)
+    expected = step(net, x, True)
+    with pytest.raises(RuntimeError, match="channels"), triton_bn.recompute():
+        net.conv1(net.bn1(net.conv1(x)))
+    assert recording() is None
+    net = Net()
+    with triton_bn.recompute():
+        loss = net(x).square().mean()
+
+    def fail(gradient: Tensor) -> None:
+        raise ZeroDivisionError
+
+    hook = net.conv2.weight.register_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        loss.backward(retain_graph=True)
+    hook.remove()
+    net.zero_grad()
+    loss.backward()
+    assert same([p.grad for p in net.parameters()], expected[: len(list(net.parameters()))])  # type: ignore[misc]
+
+
+def test_autocast(computer: str, made: list[Any]) -> None:
+    """Convolutions and the layers behind them in bfloat16."""
+    results = []
+    for inside in (False, True):
+        net = Net()
+        with triton_bn.recompute() if inside else nullcontext(), torch.autocast("cpu"):
+            loss = net(randn(5, 3, 7, 7)).float().square().mean()
+        loss.backward()
+        results.append([p.grad for p in net.parameters()])
+    assert same(*results)  # type: ignore[arg-type]
+    assert len(made) == times(computer)
+
+
+def test_memory_of_another_stream_is_recorded_on_the_one_that_reads_it(
+    made: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = ["forward"]
+    recorded: list[tuple[str, tuple[int, ...]]] = []
+    monkeypatch.setattr(sys.modules["triton_bn.recompute"], "_stream", lambda device: stream[0])
+    monkeypatch.setattr(
+        Tensor, "record_stream", lambda self, s: recorded.append((s, tuple(self.shape)))
+    )
+    layer = triton_bn.BatchNorm1d(4, activation="silu")
+    with triton_bn.recompute():
+        y = layer(randn(6, 4).requires_grad_())
+        z, w = y.pow(3), y.exp() * y
+    held = z.grad_fn._saved_self  # type: ignore[union-attr]
+    assert not recorded
+    assert z.grad_fn._saved_self.data_ptr() == held.data_ptr()  # type: ignore[union-attr]
+    stream[0] = "backward"
+    w.sum().backward()  # what the other stream has made may not be ready here
+    assert len(made) == 2
+    assert recorded == [("backward", shape) for shape in ((6, 4), (2, 4), (4,), (4,))]
+
+
+@pytest.fixture
+def group(tmp_path: Any) -> Iterator[None]:
+    """The default process group, of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def blocks() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(
+            nn.Sequential(
+                nn.Conv2d(3, 6, 3, padding=1), triton_bn.BatchNorm2d(6, activation="silu"),
+                nn.Conv2d(6, 3, 1), triton_bn.BatchNorm2d(3, activation="silu"),
+            )
+            for _ in range(2)
+        ),
+        nn.Conv2d(3, 2, 1),
+    )  # fmt: skip
+    for parameter in net.parameters():
+        nn.init.uniform_(parameter, 0.2, 1.5)
+    return net
+
+
+@pytest.mark.dist
+def test_two_blocks_under_fsdp(computer: str, made: list[Any], group: None) -> None:
+    """When a convolution asks for its input, the layer before it has no parameters yet."""
+    net, x = blocks(), randn(4, 3, 6, 6)
+    expected = step(net, x, False)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in (*net, net):
+        fully_shard(block, mesh=mesh)
+    for _ in range(
+        2
+    ):  # the second step's forward finds the state that the first step's backward left
+        net.zero_grad()
+        with triton_bn.recompute():
+            loss = net(x).square().mean()
+        loss.backward()
+    grads = [p.grad.full_tensor() for p in net.parameters()]  # type: ignore[union-attr]
+    assert same(grads, expected[: len(grads)])
+    assert len(made) == 2 * 4 * times(computer)
+
+
+@pytest.mark.dist
+def test_ddp_and_module_hooks(computer: str, made: list[Any], group: None) -> None:
+    net, x = blocks(), randn(4, 3, 6, 6)
+    expected = step(net, x, False)
+    seen: list[tuple[int, ...]] = []
+    net[0][1].register_forward_hook(lambda m, args, y: seen.append(tuple(y.shape)))  # type: ignore[union-attr]
+    net[1].register_full_backward_hook(lambda m, dx, dy: seen.append(tuple(dy[0].shape)))
+    wrapped = DistributedDataParallel(net)
+    with triton_bn.recompute():
+        loss = wrapped(x).square().mean()
+    loss.backward()
+    grads = [p.grad for p in net.parameters()]
+    assert same(grads, expected[: len(grads)])  # type: ignore[arg-type]
+    assert seen == [(4, 6, 6, 6), (4, 3, 6, 6)]
+    assert len(made) == 4 * times(computer)

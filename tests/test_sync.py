@@ -19,7 +19,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -298,6 +298,27 @@ def groups_keep_to_themselves(peer: Peer) -> None:
         layer = triton_bn.SyncBatchNorm(3, process_group=group)
         layer(whole[own])
         torch.testing.assert_close(layer.running_mean, 0.1 * whole[part].mean(0))
+
+
+@check(2, mode="reference")
+@check(2, mode="kernels")
+def outputs_made_again_change_no_bit(peer: Peer, mode: str) -> None:
+    """Nor do they talk about it; a part may be empty."""
+    device = peer.use(mode)
+    for rows in (4, 4 * (1 - peer.rank)):
+        x = torch.randn(rows, 3, 5, generator=torch.Generator().manual_seed(peer.rank)).to(device)
+        found = []
+        for context in (nullcontext(), triton_bn.recompute()):
+            layer = peer.layer(3, activation="silu", device=device)
+            torch.nn.init.constant_(layer.weight, 1.5)
+            leaf = x.clone().requires_grad_()
+            with context:
+                y = layer(leaf)
+                z = y.pow(3)
+            with peer.collectives(1):
+                z.sum().backward()
+            found.append([leaf.grad, layer.weight.grad, layer.bias.grad, *layer.buffers()])
+        assert all(map(torch.equal, *found))
 
 
 # ---- how often they talk ----

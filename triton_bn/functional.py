@@ -162,12 +162,19 @@ def _by_torch(
                 return reference.activate(y if residual is None else y + residual, activation)
             factor = 1.0 / float(num_batches_tracked)
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training, factor, eps)
-    y = reference.activate(y if residual is None else y + residual, activation)
     record = recording()
-    if record is not None and y.requires_grad:
-        statistics = (None, None) if training else (running_mean, running_var)
-        owned = (*map(owned_copy, (*statistics, weight, bias)), training, eps, activation)
-        record.remember(y, record.recipe(_again, input, residual, owned=owned))
+    if record is None or not y.requires_grad:
+        return reference.activate(y if residual is None else y + residual, activation)
+    statistics = (None, None) if training else (running_mean, running_var)
+    owned = (*map(owned_copy, (*statistics, weight, bias)), training, eps)
+    # Activations keep what they are given, what they return, or neither.
+    record.remember(y, record.recipe(_again, input, None, owned=(*owned, None)))
+    if residual is not None:
+        y = y + residual
+        record.remember(y, record.recipe(_again, input, residual, owned=(*owned, None)))
+    if activation is not None:
+        y = reference.activate(y, activation)
+        record.remember(y, record.recipe(_again, input, residual, owned=(*owned, activation)))
     return y
 
 

@@ -63,10 +63,12 @@ def recompute() -> Iterator[None]:
 
 
 def _applies() -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-        return False
     hooks: Any = torch._C._autograd
-    return hooks._saved_tensors_hooks_is_enabled() and _innermost() is None
+    return not _traced() and hooks._saved_tensors_hooks_is_enabled() and _innermost() is None
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def _innermost() -> tuple[Any, Any] | None:
@@ -77,7 +79,7 @@ def _innermost() -> tuple[Any, Any] | None:
 
 def recording() -> Recording | None:
     """The record of this thread's :func:`recompute`, where it is in force for what is called now."""
-    if not _recordings or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not _recordings or not torch.is_grad_enabled() or _traced():
         return None
     hooks = _innermost()
     owner = None if hooks is None else getattr(hooks[0], "__self__", None)
@@ -133,6 +135,7 @@ class Recording:
             recipe is None
             or type(output) is not Tensor
             or not output.requires_grad
+            or output.numel() == 0
             or storage.nbytes() != output.numel() * output.itemsize
         ):
             return

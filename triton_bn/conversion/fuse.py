@@ -29,6 +29,7 @@ from triton_bn.conversion.derive import derived
 from triton_bn.conversion.replace import Behind
 from triton_bn.modules import _Fused
 from triton_bn.problem import Activation
+from triton_bn.recompute import recording
 from triton_bn.route import on_gpu, route
 
 __all__ = [
@@ -41,9 +42,13 @@ __all__ = [
 
 
 def computes(layer: _Fused, input: Tensor) -> bool:
-    """Whether kernels or operators of ours compute this call, PyTorch's own do otherwise."""
+    """Whether kernels or operators of ours compute this call, PyTorch's own do otherwise.
+
+    Inside :func:`triton_bn.recompute` PyTorch's own are called through the layer as well: one call says
+    how all of the output is made again.
+    """
     batch_statistics = layer.training or layer.running_mean is None
-    return route(input, batch_statistics=batch_statistics) != "torch"
+    return route(input, batch_statistics=batch_statistics) != "torch" or recording() is not None
 
 
 def could_compute(*arguments: Any) -> bool:
@@ -52,7 +57,7 @@ def could_compute(*arguments: Any) -> bool:
         if isinstance(argument, list | tuple) and argument:
             argument = argument[0]
         if isinstance(argument, Tensor):
-            return on_gpu(argument)
+            return on_gpu(argument) or recording() is not None
         if isinstance(argument, Proxy):
             return False
     return True

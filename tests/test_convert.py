@@ -26,8 +26,7 @@ from triton_bn.conversion.convert import conversion_report, convert, revert
 @pytest.fixture(autouse=True)
 def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """What computes a layer is tested elsewhere: here PyTorch does, and what can be fused is."""
-    for module in (route, fuse):
-        monkeypatch.setattr(module, "on_gpu", lambda x: True)
+    monkeypatch.setattr(route, "on_gpu", lambda x: True)
     monkeypatch.setattr("triton_bn.functional.route", lambda *_, **__: "torch")
 
 

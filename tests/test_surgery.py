@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval, parametrize, prune
 
 import triton_bn
-from triton_bn import launch
+from triton_bn import launch, route
 from triton_bn.conversion import fuse
 from triton_bn.conversion.convert import conversion_report, convert, revert
 
@@ -434,18 +434,11 @@ def test_threads_do_not_notice_a_conversion() -> None:
 # ----------------------------------------------------------------------------- who watches and compiles
 
 
-def eager_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where kernels or operators compute whatever is compiled."""
-    monkeypatch.setattr(fuse, "computes", lambda layer, input: True)
-    monkeypatch.setattr(fuse, "could_compute", lambda *arguments: True)
-
-
 def test_a_compiled_model_is_one_graph_and_is_compiled_once(
     monkeypatch: pytest.MonkeyPatch, fusing: bool
 ) -> None:
     """Whether it fuses or not."""
-    if fusing:
-        eager_kernels(monkeypatch)
+    monkeypatch.setattr(route, "on_gpu", lambda x: fusing)  # as where operators stand for kernels
     monkeypatch.setattr(launch, "interpreting", lambda: False)
     model, stock = convert(network()).train(), network().train()
     x = torch.randn(2, 4, 3, 2, dtype=torch.float64)
@@ -506,7 +499,7 @@ def test_layers_with_an_activation_and_a_residual_are_leaves_of_a_trace() -> Non
 def test_exported_traced_and_compiled_evaluation_are_stock(monkeypatch: pytest.MonkeyPatch) -> None:
     model, stock = convert(network()), network()
     x = torch.randn(2, 4, 3, 2, dtype=torch.float64)
-    monkeypatch.setattr(fuse, "computes", lambda layer, input: pytest.fail("asked for kernels"))
+    monkeypatch.setattr(fuse, "computes", lambda layer: pytest.fail("asked for kernels"))
     monkeypatch.setattr(launch, "interpreting", lambda: False)
     program = torch.export.export(model, (x,))
     assert sum("relu" in str(node.target) for node in program.graph.nodes) == 4

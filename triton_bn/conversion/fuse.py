@@ -30,34 +30,36 @@ from triton_bn.conversion.replace import Behind
 from triton_bn.modules import _Fused
 from triton_bn.problem import Activation
 from triton_bn.recompute import recording
-from triton_bn.route import on_gpu, route
+from triton_bn.route import route
 
 __all__ = [
     "METHODS", "MODULES", "FusingBehind", "Pending", "activation_of", "add", "add_in_place", "after", "call",
-    "chained", "fusing", "is_activation", "is_identity", "is_layer", "method", "opens", "unhooked", "value",
+    "chained", "fusing", "is_activation", "is_identity", "method", "opens", "unhooked", "value",
 ]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ what is asked
 
 
-def computes(layer: _Fused, input: Tensor) -> bool:
-    """Whether kernels or operators of ours compute this call, PyTorch's own do otherwise.
+def computes(layer: _Fused) -> bool:
+    """Whether kernels or operators of ours compute a layer's call where they :func:`could_compute`.
+
+    In a graph of torch.compile PyTorch's own are folded where running statistics are used.
+    """
+    return not torch.compiler.is_compiling() or layer.training or layer.running_mean is None
+
+
+def could_compute(*arguments: Any) -> bool:
+    """Whether kernels or operators of ours may compute anything in a forward that is given these.
 
     Inside :func:`triton_bn.recompute` PyTorch's own are called through the layer as well: one call says
     how all of the output is made again.
     """
-    batch_statistics = layer.training or layer.running_mean is None
-    return route(input, batch_statistics=batch_statistics) != "torch" or recording() is not None
-
-
-def could_compute(*arguments: Any) -> bool:
-    """Whether :func:`computes` may say yes in a forward that is given these."""
     for argument in arguments:
         if isinstance(argument, list | tuple) and argument:
             argument = argument[0]
         if isinstance(argument, Tensor):
-            return on_gpu(argument) or recording() is not None
+            return route(argument, batch_statistics=True) != "torch" or recording() is not None
         if isinstance(argument, Proxy):
             return False
     return True
@@ -65,20 +67,16 @@ def could_compute(*arguments: Any) -> bool:
 
 def unhooked(module: nn.Module) -> bool:
     """Whether a call of the module is a call of its class's forward, and nobody looks at it."""
+    own = module.__dict__
     return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
         or module._compiled_call_impl is not None
-        or "forward" in module.__dict__
         or type(module).__call__ is not nn.Module.__call__
     )
-
-
-def is_layer(cls: type) -> bool:
-    """Whether objects of the class, called, do batch normalization and nothing else."""
-    return getattr(cls, "forward", None) is _Fused.forward
 
 
 def opens(cls: type) -> Any:
@@ -231,13 +229,13 @@ def call(callee: Any, x: Any, /, *arguments: Any, **options: Any) -> Any:
                 return x
         x = value(x)
     if isinstance(callee, nn.Module):
-        cls: Any = type(callee)
-        if is_layer(cls):
+        forward = getattr(type(callee), "forward", None)
+        if forward is _Fused.forward:
             layer: Any = callee
             alone = layer.activation is None and not arguments and not options
-            if alone and unhooked(layer) and computes(layer, x):
+            if alone and type(x) is Tensor and unhooked(layer) and computes(layer):
                 return Pending(layer, x)
-        elif (pending := opens(cls)) is not None and unhooked(callee):
+        elif (pending := getattr(forward, "pending", None)) is not None and unhooked(callee):
             return pending(callee, x, *arguments, **options)
     return callee(x, *arguments, **options)
 
@@ -309,18 +307,15 @@ def fusing(cls: type, name: str, body: Callable[..., Any]) -> Callable[..., Any]
     original = getattr(cls, name)
 
     def pending(self: Any, /, *arguments: Any, **options: Any) -> Any:
+        """For a caller that has asked already."""
         plain = getattr(cls, name)
-        if (
-            plain is original
-            and could_compute(*arguments, *options.values())
-            and not _has_any_global_hook()
-        ):
-            return body(self, *arguments, **options)
-        return plain(self, *arguments, **options)
+        return (body if plain is original else plain)(self, *arguments, **options)
 
     @functools.wraps(original)
     def method(self: Any, /, *arguments: Any, **options: Any) -> Any:
-        return value(pending(self, *arguments, **options))
+        if could_compute(*arguments, *options.values()) and not _has_any_global_hook():
+            return value(pending(self, *arguments, **options))
+        return getattr(cls, name)(self, *arguments, **options)
 
     method.pending = pending  # type: ignore[attr-defined]
     return method
@@ -342,12 +337,13 @@ class FusingBehind(Behind):
     """The same, in one call."""
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = value(_behind(self, input))
-        return output
+        if could_compute(input) and not _has_any_global_hook():
+            return value(_behind(self, input))
+        return super().forward(input)
 
 
 def _behind(self: Any, input: Tensor) -> Any:
-    if could_compute(input) and not _has_any_global_hook() and computes(self, input):
+    if type(input) is Tensor and computes(self):
         return call(self.act, call(self.drop, Pending(self, input)))
     return Behind.forward(self, input)
 

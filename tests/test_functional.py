@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from itertools import product
+from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -662,6 +664,34 @@ def test_nothing_is_recorded_where_no_gradient_is_wanted(path: Path, training: b
 
 
 @MODES
+@pytest.mark.parametrize("weight", [True, False], ids=["weight", ""])
+def test_the_bias_may_change_before_backward_where_no_gradient_depends_on_it(
+    path: Path, weight: bool, training: bool
+) -> None:
+    inputs = Inputs.of(5, 3, 4, dtype=torch.bfloat16).to(path.device)
+    got = []
+    for change in (0, 100):
+        x = inputs.x.clone().requires_grad_()
+        bias = x.new_tensor([[0.5], [1.0], [-2.0]]).requires_grad_()
+        scale = x.new_full((3,), 2.0) if weight else None
+        y = batch_norm(x, *inputs.statistics(), scale, bias, training)
+        with torch.no_grad():
+            bias.add_(change)
+        got.append(torch.autograd.grad(y, (x, bias), inputs.x, create_graph=change > 0))
+        y = batch_norm(x, *inputs.statistics(), scale, bias, training)
+        got.append(torch.autograd.grad(y, (x, bias), inputs.x))
+        assert (got[-1][1].shape, got[-1][1].dtype) == (bias.shape, bias.dtype)
+    for found in got[1:]:
+        for a, b in zip(found, got[0], strict=True):
+            torch.testing.assert_close(a.float(), b.float(), rtol=2**-6, atol=2**-6)
+    y = batch_norm(x, *inputs.statistics(), scale, bias, training, activation="silu")
+    with torch.no_grad():
+        bias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@MODES
 @pytest.mark.parametrize("changed", ["x", "weight"])
 def test_a_value_kept_for_backward_and_changed_in_place_is_an_error(
     path: Path, changed: str, training: bool
@@ -935,6 +965,74 @@ ERRORS: dict[str, tuple[tuple[object, ...], dict[str, object], type[Exception], 
     ),
     "momentum None": ((X, *statistics()), {**TRAIN, "momentum": None}, TypeError, False),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("momentum", [np.float32(0.25), np.float64(0.25), torch.tensor(0.25), True])
+def test_momentum_and_eps_are_any_numbers_that_pytorch_takes(path: Path, momentum: Any) -> None:
+    for eps in (1, np.float16(0.5), torch.tensor(0.5, dtype=torch.float64)):
+        means = []
+        for function in (batch_norm, F.batch_norm):
+            mean, var = (t.to(path.device) for t in statistics())
+            y = function(X.to(path.device), mean, var, training=True, momentum=momentum, eps=eps)
+            means.append((y, mean, var))
+        for a, b in zip(*means, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.tensor([0.5]), torch.tensor(0.5, requires_grad=True), 1j, np.array(0.5), "1"],
+    ids=str,
+)
+def test_what_is_no_number_for_pytorch_is_none_for_us(path: Path, value: Any) -> None:
+    mean, var = (t.to(path.device) for t in statistics())
+    for function in (batch_norm, F.batch_norm):
+        with pytest.raises(TypeError, match=r"argument 'momentum'.* must be float, not"):
+            function(X.to(path.device), mean, var, training=True, momentum=value)
+        with pytest.raises(TypeError):
+            function(X.to(path.device), mean, var, training=True, eps=value)
+        assert (mean == 0).all()
+
+
+@MODES
+def test_running_statistics_may_be_columns_of_a_table(path: Path, training: bool) -> None:
+    tables = torch.rand(2, 3, 4, device=path.device)
+    x = X.to(path.device)
+    got, want = tables.clone(), tables.clone()
+    y = batch_norm(x, got[0, :, 1], got[1, :, 2], training=training)
+    torch.testing.assert_close(y, F.batch_norm(x, want[0, :, 1], want[1, :, 2], training=training))
+    torch.testing.assert_close(got, want)
+    assert torch.equal(got, tables) == (not training)
+    if training:  # where nothing could tell the channels apart
+        with pytest.raises(RuntimeError, match="one place in memory"):
+            batch_norm(x, tables[0, :1, 0].expand(3), tables[1, :, 0], training=True)
+
+
+@MODES
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (3, 1, 1), (1, 3)])
+def test_parameters_may_have_their_values_in_any_shape(
+    path: Path, shape: tuple[int, ...], training: bool
+) -> None:
+    x = torch.randn(4, 3, 2, 5, generator=torch.Generator().manual_seed(0)).to(path.device)
+    results = []
+    for form in ((3,), shape):
+        weight, bias = (
+            torch.tensor(v, device=path.device).view(form).requires_grad_()
+            for v in ([1.0, -2.0, 0.5], [0.0, 1.0, 3.0])
+        )
+        running = [t.to(path.device) for t in statistics()]
+        y = batch_norm(x, *running, weight, bias, training, activation="elu")
+        gradients = torch.autograd.grad(y.square().sum(), (weight, bias))
+        assert gradients[0].shape == gradients[1].shape == torch.Size(form)
+        results.append([y, *(g.flatten() for g in gradients)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_new_eps_needs_no_tensor_of_the_default_device(path: Path) -> None:
+    with torch.device("meta"):
+        y = batch_norm(X.to(path.device), None, None, training=True, eps=1.2345e-4)
+    assert y.device.type == path.device.type
 
 
 @pytest.mark.parametrize("name", ERRORS)

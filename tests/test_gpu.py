@@ -92,7 +92,7 @@ def streamed() -> Callable[[], list[Tensor]]:
 
 def test_the_kernels_ran_compiled(device: torch.device) -> None:
     assert not launch.interpreting()
-    assert route.use_kernels(torch.empty(1, device=device))
+    assert route.on_gpu(torch.empty(1, device=device))
 
 
 def test_thousands_of_streamed_launches_end_with_the_same_bits(

@@ -483,6 +483,14 @@ def test_eval_without_statistics_normalizes_by_the_batch_and_needs_two_values(pa
         layer(x[:1])
 
 
+def test_a_counter_may_lie_elsewhere(path: Path) -> None:
+    """An empty initialization leaves it on the meta device, say."""
+    layer = triton_bn.BatchNorm1d(3, device=path.device)
+    layer.num_batches_tracked = torch.tensor(0, device="meta")
+    layer(randn(4, 3, dtype=torch.float32).to(path.device))
+    assert layer.running_mean.any()
+
+
 def test_nothing_warns(path: Path) -> None:
     layer = triton_bn.BatchNorm2d(3, activation="relu", momentum=None, device=path.device)
     # pyproject.toml has pytest raise every warning.

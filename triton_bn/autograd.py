@@ -83,9 +83,10 @@ class BatchNorm(torch.autograd.Function):
         recompute = activation is not None and not bits
         keep_x = recompute or _needs_sums(ctx.needs_input_grad[1:4], training)
         ctx.save_for_backward(
-            x if keep_x else None, stats, weight, bias, residual if recompute else None,
-            packed if bits else None,
+            x if keep_x else None, stats, weight, bias if recompute else None,
+            residual if recompute else None, packed if bits else None,
         )  # fmt: skip
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         ctx.verbs, ctx.training, ctx.eps, ctx.activation = verbs, training, eps, activation
         ctx.layout, ctx.ranks, ctx.stats = y.stride(), ranks, stats
         if verbs.all_outputs:
@@ -118,7 +119,11 @@ class BatchNorm(torch.autograd.Function):
                 )  # fmt: skip
             if again:
                 gradients = _only_once(gradients)
-        return (None, *gradients, *[None] * 9)
+        dx, dweight, dbias, dresidual = gradients
+        if dbias is not None:
+            shape, dtype = ctx.bias
+            dbias = dbias.to(dtype).view(shape)
+        return (None, dx, dweight, dbias, dresidual, *[None] * 9)
 
 
 def _batched(dy: Tensor) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from numbers import Real
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -95,6 +98,8 @@ def _batch_norm(
             input, running_mean, running_var, num_batches_tracked, weight, bias, training,
             momentum, eps, residual, activation,
         )  # fmt: skip
+    momentum = None if momentum is None else _number("momentum", momentum)
+    eps = _number("eps", eps)
     if ranks is None:
         check(input, running_mean, running_var, weight, bias, training, eps)
         fused = _fuses(input, residual)
@@ -122,14 +127,43 @@ def _batch_norm(
             weight = weight.contiguous()
         if bias is not None:
             bias = bias.contiguous()
+        if (
+            training
+            and num_batches_tracked is not None
+            and num_batches_tracked.device != input.device
+        ):
+            num_batches_tracked.add_(1)
+            if momentum is None and running_mean is not None:
+                momentum = 1.0 / float(num_batches_tracked)
+            num_batches_tracked = None
+        statistics, copies = [running_mean, running_var], []
+        for i, given in enumerate(statistics):
+            if given is not None and not given.is_contiguous():
+                statistics[i] = dense = given.contiguous()
+                copies.append((given, dense))
         computer = operators if who == "operators" else autograd
         y = computer.batch_norm(
-            input, weight, bias, residual, running_mean, running_var,
+            input, weight, bias, residual, *statistics,
             num_batches_tracked, training, momentum, eps, activation, ranks,
         )  # fmt: skip
+        if training:
+            for given, dense in copies:
+                given.copy_(dense)
     if separate is not None:
         y = reference.activate(y + separate[0], separate[1])
     return y
+
+
+def _number(name: str, value: Any) -> float:
+    """A float of what PyTorch takes for one: any real number, a NumPy scalar, a tensor without dimensions."""
+    if type(value) is float:
+        return value
+    if isinstance(value, Real) or (
+        isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad
+    ):
+        return float(value)
+    kind = type(value).__name__
+    raise TypeError(f"batch_norm(): argument '{name}' must be float, not {kind}")
 
 
 def _by_torch(

@@ -6,6 +6,7 @@ Tensors are those of :mod:`triton_bn.reference`'s verbs; x comes with the proble
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 from functools import lru_cache
@@ -83,7 +84,9 @@ def _pattern(arguments: tuple[Any, ...]) -> list[Any]:
 
 def _pair(value: float) -> tuple[float, float]:
     """A double as the float32 nearest to it and the rest (:func:`triton_bn.kernels.tile.double`)."""
-    high = torch.tensor(value, dtype=torch.float32).item()
+    high = ctypes.c_float(
+        value
+    ).value  # no tensor, which would be on whatever device is the default
     return high, value - high
 
 
@@ -452,7 +455,9 @@ def backward(
         # Without an activation the residual's gradient is dy itself.
         dresidual = dy if problem.activation is None else torch.empty_like(like)
     dweight = torch.empty_like(weight) if needs_weight and weight is not None else None
-    dbias = torch.empty_like(bias) if needs_bias and bias is not None else None
+    # No bias where backward need not read it: all parameters share one dtype.
+    template = next(t for t in (bias, weight, stats[1]) if t is not None)
+    dbias = torch.empty_like(template) if needs_bias else None
     affine, dparameters = (weight, bias), (dweight, dbias)
     stored = None if problem.activation is None else dresidual
     training, count = problem.training or share is not None, problem.count

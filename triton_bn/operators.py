@@ -167,7 +167,7 @@ def _(
     *others: Any,
 ) -> Any:
     like = dy if x is None else x
-    wanted = (like, weight, bias, like)
+    wanted = (like, weight, next(t for t in (bias, weight, stats[1]) if t is not None), like)
     return tuple(
         torch.empty_like(t) if needed and t is not None else absent(dy)
         for t, needed in zip(wanted, others[-2], strict=True)

@@ -444,10 +444,6 @@ def check(
             continue
         if tensor.numel() != channels:
             raise RuntimeError(f"{name} should contain {channels} elements not {tensor.numel()}")
-        if tensor.dim() != 1:
-            raise RuntimeError(
-                f"{name} should have 1 dimension, but has shape {list(tensor.shape)}"
-            )
         if tensor.device != device:
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but {name} is on {tensor.device}, "
@@ -470,8 +466,14 @@ def check(
     for name, buffer in (("running_mean", running_mean), ("running_var", running_var)):
         if buffer is None:
             continue
-        if not buffer.is_contiguous():
-            raise RuntimeError(f"{name} should be contiguous, but has strides {buffer.stride()}")
+        if buffer.dim() != 1:
+            raise RuntimeError(
+                f"{name} should have 1 dimension, but has shape {list(buffer.shape)}"
+            )
+        if training and channels > 1 and buffer.stride(0) == 0:
+            raise RuntimeError(
+                f"{name} has one place in memory for all channels, and cannot advance"
+            )
         if buffer.requires_grad:
             raise RuntimeError(
                 f"batch_norm is not differentiable with respect to argument '{name}'. "

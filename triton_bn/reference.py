@@ -334,6 +334,8 @@ def differentiable_backward(
         next(found) if needed and t is not None else None
         for t, needed in zip(places, needs, strict=True)
     ]
+    if needs[2] and bias is None:  # nor is it where y depends on it by its addition alone
+        gradients[2] = g.sum(_reduced(x))
     if needs[3] and residual is None:  # its place is behind y: the slopes are kept instead of it
         gradients[3] = g.to(dy.dtype)
     return tuple(gradients)

@@ -195,6 +195,8 @@ def backward(
 ) -> Gradients:
     """dx, dweight, dbias and dresidual, each where needed.
 
+    ``bias`` may be ``None`` where no slope is taken of z; dbias is (C,) then, of the weight's dtype or that of stats.
+
     With ``ranks``, x is this process's part of the batch, and stats has a third row: the batch's count.
     """
 
@@ -207,9 +209,10 @@ def backward(
     if ranks is not None and dy.numel() == 0:
         if needs[0]:
             means(torch.zeros_like(stats[:2]))
+        template = next(t for t in (bias, weight, stats[1]) if t is not None)
         dx, dweight, dbias, dresidual = (
             torch.zeros_like(t) if needed and t is not None else None
-            for t, needed in zip((dy, weight, bias, dy), needs, strict=True)
+            for t, needed in zip((dy, weight, template, dy), needs, strict=True)
         )
         return dx, dweight, dbias, dresidual
     share = None if ranks is None else means
@@ -234,9 +237,9 @@ def backward(
         assert x is not None
         sums = reference.backward_reduce(dy, x, *kept)
         if needs_weight and weight is not None:
-            dweight = (sums[1] * stats[1]).to(weight.dtype)
-        if needs_bias and bias is not None:
-            dbias = sums[0].to(bias.dtype)
+            dweight = (sums[1] * stats[1]).to(weight.dtype).view(weight.shape)
+        if needs_bias:
+            dbias = sums[0]
     if needs_x or needs_residual:
         count = dy.numel() // dy.shape[1]
         if share is not None and sums is not None and needs_x:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
+import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -641,3 +643,118 @@ def test_ddp_and_module_hooks(computer: str, made: list[Any], group: None) -> No
     assert same(grads, expected[: len(grads)])  # type: ignore[arg-type]
     assert seen == [(4, 6, 6, 6), (4, 3, 6, 6)]
     assert len(made) == 4 * times(computer)
+
+
+# Whole models.
+
+
+class ResNet(nn.Module):
+    """A stem, two blocks that add in place, and a head."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = (nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(2))
+            self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.relu(self.bn1(self.conv1(x)))
+            out = self.bn2(self.conv2(out))
+            out += x
+            return self.relu(out)  # type: ignore[no-any-return]
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Hardswish(inplace=True))
+        self.blocks = nn.Sequential(ResNet.Block(), ResNet.Block())
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3))) * scale  # type: ignore[no-any-return]
+
+
+def converted(model: nn.Module | None = None, **options: Any) -> nn.Module:
+    return triton_bn.convert(ResNet() if model is None else model, recompute=True, **options)
+
+
+def test_a_converted_model_enters_it_itself(computer: str, made: list[Any]) -> None:
+    x = randn(4, 3, 8, 8)
+    stock, plain, ours = (
+        step(model, x, False) for model in (ResNet(), triton_bn.convert(ResNet()), converted())
+    )
+    assert same(ours, plain)
+    assert made
+    if computer == "torch":
+        assert same(ours, stock)
+    model = converted()
+    loss = model(x)
+    assert recording() is None
+    loss.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        triton_bn.convert,
+        lambda model: triton_bn.convert(model, fuse=False),
+        lambda model: converted(model),
+    ],
+    ids=["copied", "pickled", "converted again", "without fusing", "asked again"],
+)
+def test_it_stays_with_the_model_until_it_is_reverted(
+    computer: str, made: list[Any], change: Callable[[nn.Module], nn.Module]
+) -> None:
+    x = randn(4, 3, 8, 8)
+    expected = step(converted(), x, False)
+    made.clear()
+    model = change(converted())
+    assert type(model).__name__ == "ResNet"
+    assert inspect.signature(model.forward) == inspect.signature(ResNet().forward)
+    assert same(step(model, x, False), expected)
+    assert made
+    assert type(triton_bn.revert(model)) is ResNet
+    made.clear()
+    step(model, x, False)
+    assert not made
+
+
+def test_tools_take_a_model_that_recomputes_as_they_take_any() -> None:
+    model, x = converted().eval(), randn(4, 3, 8, 8)
+    expected = ResNet().eval()(x, 2.0)
+    torch.testing.assert_close(model(x, scale=2.0), expected)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x, 2.0), expected)
+    torch.testing.assert_close(torch.export.export(model, (x, 2.0)).module()(x, 2.0), expected)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, 2.0), expected)
+    torch.testing.assert_close(
+        torch.func.functional_call(model, dict(model.named_parameters()), (x, 2.0)), expected
+    )
+
+
+def test_a_model_that_can_have_no_subclass_is_refused_unchanged() -> None:
+    graph = torch.fx.symbolic_trace(ResNet())
+    patched = ResNet()
+    patched.forward = patched.forward  # type: ignore[method-assign]
+    for model in (graph, patched):
+        with pytest.raises(ValueError, match="needs a subclass"):
+            converted(model)
+        assert not any(isinstance(m, _Fused) for m in model.modules())
+
+
+@pytest.mark.dist
+def test_a_converted_model_under_fsdp(computer: str, made: list[Any], group: None) -> None:
+    x = randn(4, 3, 8, 8)
+    expected = step(converted(), x, False)
+    model = converted()
+    mesh = init_device_mesh("cpu", (1,))
+    for part in (*model.blocks, model):  # type: ignore[misc,operator]
+        fully_shard(part, mesh=mesh)
+    made.clear()
+    model(x).float().square().mean().backward()
+    grads = [p.grad.full_tensor() for p in model.parameters()]  # type: ignore[union-attr]
+    assert same(grads, expected[: len(grads)])
+    assert made

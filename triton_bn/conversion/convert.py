@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,8 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from triton_bn.conversion.derive import underneath
-from triton_bn.conversion.fuse import FusingBehind
+from triton_bn.conversion.derive import Refused, underneath
+from triton_bn.conversion.fuse import FusingBehind, recomputes, recomputing
 from triton_bn.conversion.replace import (
     ABSENT,
     FROM,
@@ -160,6 +160,7 @@ def convert(
     fuse: bool = True,
     sync: bool = False,
     process_group: ProcessGroup | None = None,
+    recompute: bool = False,
     verbose: bool = False,
 ) -> Model:
     """Makes every batch normalization of torch.nn in ``model`` ours, in place, and fuses it.
@@ -191,6 +192,9 @@ def convert(
         sync: make every layer a :class:`triton_bn.SyncBatchNorm`. One that cannot be, since its class
             has a forward of its own, is left, with a warning.
         process_group: that of the layers which ``sync`` synchronizes; ``None``: the default group.
+        recompute: make the layers' outputs again in backward instead of keeping them for it: the model's
+            forward enters :func:`triton_bn.recompute` itself, until :func:`revert`. So nothing else needs
+            to know, neither a training loop nor DistributedDataParallel or FSDP around the model.
         verbose: print the report that :func:`conversion_report` gives.
 
     Returns:
@@ -198,7 +202,8 @@ def convert(
 
     Raises:
         TypeError: for what is no module.
-        ValueError: for a scripted or compiled model. Nothing has been changed then.
+        ValueError: for a scripted or compiled model; with ``recompute`` for one that no subclass can be
+            made for. Nothing has been changed then.
 
     Example:
         >>> import torch, triton_bn
@@ -218,6 +223,8 @@ def convert(
     _require_convertible(model)
     with LOCK:
         report, changes, unsynchronized = _planned(model, fuse, sync, process_group)
+        if recompute or recomputes(type(model)):
+            changes += _recomputing(model, changes)
         apply([*changes, (vars(model), _REPORT, report)])
     if unsynchronized:
         warnings.warn(
@@ -230,6 +237,27 @@ def convert(
     if verbose:
         print(report)
     return model
+
+
+def _recomputing(model: nn.Module, changes: list[Change]) -> list[Change]:
+    """What makes the model's forward enter :func:`triton_bn.recompute`, after the other changes."""
+    if isinstance(model, _BatchNorm):
+        return []  # nobody takes its output there
+    cls: Any = type(model)
+    for target, key, new in changes:
+        if target is model and key == "__class__":
+            cls = new
+    if recomputes(cls):
+        return []
+    try:
+        if "forward" in vars(model):
+            raise Refused("was replaced on the instance")
+        return [(model, "__class__", recomputing(cls))]
+    except Refused as refused:
+        raise ValueError(
+            f"recompute=True needs a subclass of {cls.__name__}, whose forward {refused}: put "
+            "`with triton_bn.recompute():` around the call instead"
+        ) from refused
 
 
 def _planned(

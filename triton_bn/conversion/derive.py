@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-__all__ = ["Refused", "derived", "is_derived", "merged", "original", "underneath"]
+__all__ = ["Refused", "derived", "is_derived", "merged", "original", "recipe", "underneath"]
 
 _RECIPE = "_triton_bn_recipe"
 
@@ -69,6 +69,11 @@ def _make(recipe: tuple[Any, ...], *arguments: Any) -> Any:
 def is_derived(cls: type) -> bool:
     """Whether the class was made here."""
     return _RECIPE in vars(cls)
+
+
+def recipe(cls: type) -> tuple[Any, ...] | None:
+    """How a class made here is made again; ``None`` for any other."""
+    return vars(cls).get(_RECIPE)
 
 
 def original(cls: type) -> type:

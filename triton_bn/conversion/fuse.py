@@ -25,16 +25,17 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
-from triton_bn.conversion.derive import derived
+from triton_bn.conversion.derive import derived, original, recipe
 from triton_bn.conversion.replace import Behind
 from triton_bn.modules import _Fused
 from triton_bn.problem import Activation
-from triton_bn.recompute import recording
+from triton_bn.recompute import recompute, recording
 from triton_bn.route import route
 
 __all__ = [
     "METHODS", "MODULES", "FusingBehind", "Pending", "activation_of", "add", "add_in_place", "after", "call",
-    "chained", "fusing", "is_activation", "is_identity", "method", "opens", "unhooked", "value",
+    "chained", "fusing", "is_activation", "is_identity", "method", "opens", "recomputes", "recomputing", "unhooked",
+    "value",
 ]  # fmt: skip
 
 
@@ -331,6 +332,29 @@ def _in_turn(self: nn.Sequential, input: Any) -> Any:
 def chained(cls: type) -> type:
     """A subclass of an ``nn.Sequential``'s class."""
     return derived((cls,), {"forward": fusing(cls, "forward", _in_turn)}, (chained, cls))
+
+
+@functools.cache
+def recomputing(cls: type) -> type:
+    """A subclass of a model's class whose forward is inside :func:`triton_bn.recompute`."""
+    start: Any = cls
+
+    @functools.wraps(start.forward)
+    def forward(self: Any, /, *arguments: Any, **options: Any) -> Any:
+        with recompute():
+            return start.forward(self, *arguments, **options)
+
+    vars(forward).pop("pending", None)  # what is left pending would be called outside
+    forward.recomputes = True  # type: ignore[attr-defined]
+    return derived((cls,), {"forward": forward}, (_recomputing, original(cls), recipe(cls)))
+
+
+def _recomputing(cls: type, inner: tuple[Any, ...] | None) -> type:
+    return recomputing(cls if inner is None else inner[0](*inner[1:]))
+
+
+def recomputes(cls: type) -> bool:
+    return getattr(getattr(cls, "forward", None), "recomputes", False)
 
 
 class FusingBehind(Behind):

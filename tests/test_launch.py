@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from triton_bn import launch, route, verbs
+from triton_bn import launch, reference, route, verbs
 from triton_bn.functional import batch_norm
 from triton_bn.plan import DEVICES, Plan, Tile, candidates
 from triton_bn.problem import Problem
@@ -210,3 +210,47 @@ def test_threads_do_not_disturb_one_another(device: torch.device) -> None:
             for each in found:
                 for name, value in each.items():
                     assert torch.equal(value, right[name]), name
+
+
+@pytest.mark.parametrize(
+    ("layout", "choice", "eps"),
+    [
+        *(("contiguous", choice, 1e-60) for choice in range(5)),
+        ("channels_last", 2, 1e-39),
+        ("contiguous", 0, 1e-320),
+    ],
+)
+def test_a_constant_channel_under_an_eps_that_float32_cannot_hold(
+    layout: str, choice: int, eps: float, device: torch.device
+) -> None:
+    """y is the bias, and dx what float64 gives, where float32 can hold that; the others do not see eps."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 9, 4, 2, 5).unbind()
+    x[:, 1] = 3.0
+    bias = torch.rand(4)
+    exact = dy.double() - dy.double().mean((0, 2, 3), keepdim=True)
+    normalized = (x.double() - x.double().mean((0, 2, 3), keepdim=True)) * x.double().var(
+        (0, 2, 3), correction=0, keepdim=True
+    ).clamp_min(1e-300).rsqrt()
+    if choice < 4:
+        plan = infinite_plans(layout != "contiguous")[choice]
+        with direct.poisoned():
+            found = direct.step(
+                oracle.arrange(x, layout).to(device),
+                dy.to(device),
+                plan,
+                bias=bias.to(device),
+                eps=eps,
+            )
+        y, dx = found["y"].cpu(), found["dx"].cpu()
+    else:
+        y, stats, _ = reference.forward(x, None, bias, None, None, None, None, 0.1, eps, None)
+        dx = (dy - dy.mean((0, 2, 3), keepdim=True))[:, 1] * stats[1, 1]
+        dx = torch.stack([dx, dx], 1)
+    torch.testing.assert_close(
+        y.double(), normalized + bias.double()[:, None, None], rtol=1e-5, atol=1e-5
+    )
+    want = exact[:, 1] * eps**-0.5
+    fits = want.abs() < 3e38
+    torch.testing.assert_close(dx[:, 1].double()[fits], want[fits], rtol=1e-4, atol=0.0)
+    assert not dx.isnan().any()

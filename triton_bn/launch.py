@@ -7,6 +7,7 @@ Tensors are those of :mod:`triton_bn.reference`'s verbs; x comes with the proble
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from collections.abc import Callable
 from functools import lru_cache
@@ -91,6 +92,13 @@ def _pair(value: float) -> tuple[float, float]:
 
 
 _pair = lru_cache(maxsize=256)(_pair)
+
+
+@lru_cache(maxsize=256)
+def _regularizer(eps: float) -> tuple[float, float, float]:
+    """eps as a pair, and 1 / sqrt(eps), as far as float32 goes (:func:`triton_bn.kernels.tile.inverse_std`)."""
+    root = min(eps**-0.5, torch.finfo(torch.float32).max) if eps > 0 else math.inf
+    return (*_pair(eps), root)
 
 
 def accumulator(problem: Problem) -> torch.dtype:
@@ -221,7 +229,7 @@ def forward(
             forward_kernel,
             programs,
             (
-                x, y, residual, packed, (weight, bias), stats, running, factor, _pair(eps),
+                x, y, residual, packed, (weight, bias), stats, running, factor, _regularizer(eps),
                 problem.sizes, problem.strides,
             ),
             constants,
@@ -233,7 +241,7 @@ def forward(
             forward_streamed_kernel,
             programs,
             (
-                x, y, residual, packed, (weight, bias), stats, partials, running, factor, _pair(eps),
+                x, y, residual, packed, (weight, bias), stats, partials, running, factor, _regularizer(eps),
                 counters, problem.sizes, problem.strides, plan.window, geometry,
             ),
             constants,
@@ -418,7 +426,7 @@ def _normalize(
         normalize_kernel,
         programs,
         (
-            x, y, residual, packed, (weight, bias), stats, partials, running, factor, _pair(eps),
+            x, y, residual, packed, (weight, bias), stats, partials, running, factor, _regularizer(eps),
             problem.sizes, problem.strides, rows, geometry,
         ),
         {**constants, "CUMULATIVE": problem.cumulative},

@@ -16,6 +16,7 @@ g = dy * activation'(z), for batch statistics (for running statistics dx is the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -137,6 +138,14 @@ def merge(
     return torch.stack([centre, m2 / count.clamp_min(1), count.expand_as(m2)])
 
 
+def inverse_std(variance: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(variance + eps). Where that sum is 0 in the tensor's dtype, 1 / sqrt(eps): there all values are
+    equal, and 0 * inf would be NaN."""
+    v = variance + eps
+    root = min(eps**-0.5, torch.finfo(v.dtype).max) if eps > 0 else math.inf
+    return torch.where(v == 0, root, v.rsqrt())
+
+
 def update_running(
     mean: Tensor,
     m2: Tensor,
@@ -223,7 +232,7 @@ def forward(
     mean, m2 = moments(x)
     count = x.numel() // x.shape[1]
     update_running(mean, m2, count, running_mean, running_var, num_batches_tracked, momentum)
-    stats = torch.stack([mean, (m2 / count + eps).rsqrt()])
+    stats = torch.stack([mean, inverse_std(m2 / count, eps)])
     y, packed = normalize(x, stats[0], stats[1], weight, bias, residual, activation, bits)
     return y, stats, packed
 

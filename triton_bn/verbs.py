@@ -143,7 +143,7 @@ def normalize(
     """The transform by a given mean and biased variance (C,): y, stats (2, C) and the packed slopes."""
     if not use_kernels(x):
         acc = reference.accumulator(x.dtype)
-        stats = torch.stack([mean.to(acc), (variance.to(acc) + eps).rsqrt()])
+        stats = torch.stack([mean.to(acc), reference.inverse_std(variance.to(acc), eps)])
         y, packed = reference.normalize(
             x, stats[0], stats[1], weight, bias, residual, activation, bits
         )

@@ -10,6 +10,7 @@ from triton_bn.kernels.moments import held_moments, merge_partials
 from triton_bn.kernels.tile import (
     double,
     index,
+    inverse_std,
     load_chunk,
     load_columns,
     owns,
@@ -133,13 +134,13 @@ def normalize_item(
     elif p_partials is None:
         mean = tl.load(running[0] + channel, mask=mask, other=0.0).to(tl.dtype(T.ACC))
         variance = tl.load(running[1] + channel, mask=mask, other=0.0).to(tl.dtype(T.ACC))
-        invstd = tl.rsqrt(variance + double(eps, tl.dtype(T.ACC)))
+        invstd = inverse_std(variance, eps, T)
         tl.store(p_stats + channel, mean, mask=owner)
         tl.store(p_stats + sizes[1] + channel, invstd, mask=owner)
     else:
         a = merge_partials(p_partials, p_x, channel, sizes, strides, partial, T)
         mean = a.mean
-        invstd = tl.rsqrt(a.m2 / tl.maximum(a.count, 1) + double(eps, tl.dtype(T.ACC)))
+        invstd = inverse_std(a.m2 / tl.maximum(a.count, 1), eps, T)
         publish(p_stats, running, momentum, a, invstd, channel, owner, sizes[1], CUMULATIVE, T)
     affine = column_affine(
         spread(mean, columns, T), spread(invstd, columns, T), parameters, columns, T
@@ -212,7 +213,7 @@ def forward_kernel(
     channel = first + tl.arange(0, T.G)
     owner = (tl.arange(0, T.G) < T.CHANNELS) & (channel < sizes[1])
     a = held_moments(x, p_x, columns, channel, sizes, strides, T)
-    invstd = tl.rsqrt(a.m2 / a.count + double(eps, tl.dtype(T.ACC)))
+    invstd = inverse_std(a.m2 / a.count, eps, T)
     publish(p_stats, running, momentum, a, invstd, channel, owner, sizes[1], False, T)
     affine = column_affine(
         spread(a.mean, columns, T), spread(invstd, columns, T), parameters, columns, T

@@ -50,6 +50,17 @@ def double(pair, ACC: tl.constexpr):
 
 
 @triton.jit
+def inverse_std(variance, eps, T: tl.constexpr):
+    """1 / sqrt(variance + eps). ``eps`` is a pair, and its own 1 / sqrt for where the sum is 0 in T.ACC:
+    there all values are equal, and 0 * inf would be NaN. A GPU takes the smallest numbers for 0, hence the scale.
+    """
+    v = variance + double(eps, tl.dtype(T.ACC))
+    small = v < 1e-35
+    root = tl.rsqrt(tl.where(v == 0, 1.0, tl.where(small, v * 281474976710656.0, v)))  # 2**48
+    return tl.where(v == 0, eps[2], tl.where(small, root * 16777216.0, root))
+
+
+@triton.jit
 def index(i, T: tl.constexpr):
     """A position or a size that is about to be multiplied: in int64 where offsets are."""
     if T.WIDE:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from packages import package, torchvision
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 from triton_bn import BatchNorm2d, route
 from triton_bn.conversion import fuse
@@ -150,17 +153,28 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[nn.Module, str]]:
     return found
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_converted_model_computes_what_it_did(
-    case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(route, "on_gpu", lambda x: x.is_cuda)  # the kernels have their own tests
+def fuse_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may be fused is, as on a GPU; PyTorch computes it: the kernels have tests of their own."""
+    monkeypatch.setattr(route, "on_gpu", lambda x: True)
+    monkeypatch.setattr("triton_bn.functional.route", lambda *_, **__: "torch")
+
+
+def trained(case: Case) -> nn.Module:
     torch.manual_seed(0)
     model = case.make().double()
     for layer in model.modules():  # a 0 or 1, as after initialization, would hide mistakes
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
             for name in ("weight", "bias", "running_mean", "running_var"):
                 getattr(layer, name).data.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_converted_model_computes_what_it_did(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuse_with_torch(monkeypatch)
+    model = trained(case)
     original, fresh = copy.deepcopy(model), case.make().double()
     assert convert(model) is model
     report = conversion_report(model)
@@ -188,6 +202,70 @@ def test_a_converted_model_computes_what_it_did(
     for module, before in zip(model.modules(), original.modules(), strict=True):
         assert type(module) is type(before)
         assert vars(module).keys() == vars(before).keys()
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """Each layer that stands behind a convolution folded into it, an identity in its place."""
+    for module in list(model.modules()):
+        children = list(module.named_children())
+        for (_, conv), (name, layer) in pairwise(children):
+            norm = type(layer).__name__.startswith("BatchNorm") and not hasattr(layer, "act")
+            if isinstance(conv, nn.Conv2d) and norm and conv.out_channels == layer.num_features:
+                folding = fuse_conv_bn_eval(conv, layer)
+                conv.weight, conv.bias = folding.weight, folding.bias
+                setattr(module, name, nn.Identity())
+    return model
+
+
+def features(model: nn.Module, other: nn.Module) -> nn.Module:
+    """Some values from inside, as detectors take them, by names that both models' graphs have."""
+    extraction = package("torchvision.models.feature_extraction")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # fewer nodes in evaluation than in training
+        names, others = (extraction.get_graph_node_names(m)[1] for m in (model, other))
+        common = [name for name in names if name in others]
+        assert len(common) > 10
+        taken = common[:: max(len(common) // 5, 1)] + common[-1:]
+        extractor: nn.Module = extraction.create_feature_extractor(model, {n: n for n in taken})
+    return extractor
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_converted_model_is_synchronized_extracted_from_and_deployed(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuse_with_torch(monkeypatch)
+    stock = trained(case).eval()
+    model = convert(copy.deepcopy(stock))
+    image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    changes: list[Callable[[nn.Module], nn.Module]] = [
+        nn.SyncBatchNorm.convert_sync_batchnorm,
+        package("timm.layers").convert_sync_batchnorm,
+        folded,
+    ]
+    with torch.no_grad():
+        for change in changes:
+            results = [{"output": change(copy.deepcopy(m))(image)} for m in (model, stock)]
+            assert_same(*results)
+        if "transformers" not in case.name:  # which torch.fx does not trace
+            results = [features(model, stock)(image), features(stock, model)(image)]
+            tensors = [{n: v for n, v in r.items() if isinstance(v, Tensor)} for r in results]
+            names = tensors[0].keys() & tensors[1].keys()
+            assert len(names) > 1
+            assert_same(*({n: found[n] for n in names} for found in tensors))
+
+
+def test_a_converted_model_is_reparameterized(monkeypatch: pytest.MonkeyPatch) -> None:
+    fuse_with_torch(monkeypatch)
+    stock = trained(Case("timm repvgg_a0", of_timm("repvgg_a0"), {})).eval()
+    model = convert(copy.deepcopy(stock))
+    assert len(conversion_report(model).fused) > 20
+    image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        expected = {"output": stock(image)}
+        assert_same({"output": model(image)}, expected)
+        deployed = package("timm.utils").reparameterize_model(model)
+        assert_same({"output": deployed(image)}, expected)
 
 
 @pytest.mark.parametrize("fuse", [True, False])

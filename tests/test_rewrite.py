@@ -133,7 +133,7 @@ def changed_line(self: Any, x: Tensor) -> Tensor:
 
 def edit(function: Any, **roles: str) -> str:
     roles = {f"self.{name}": role for name, role in roles.items()}
-    tree = rewrite.Editor(rewrite.source(function), rewrite.Reader(roles)).tree
+    tree = rewrite.Editor(rewrite.source(function), rewrite.Reader(function, roles)).tree
     return ast.unparse(tree.body).replace("_triton_bn_fuse.", "")
 
 
@@ -149,6 +149,14 @@ def block(self: Any, x: Tensor) -> Tensor:
 
 def left(self: Any, x: Tensor) -> Tensor:
     return F.relu(self.bn(x) + self.conv(x))
+
+
+def looks(self: Any, x: Tensor) -> Tensor:
+    y = self.bn(x)
+    act = getattr(self, "act", None)
+    if isinstance(act, nn.Module) and len(self.blocks) > 2:
+        y = self.act(y)
+    return y
 
 
 def opaque(self: Any, x: Tensor) -> Tensor:
@@ -173,6 +181,13 @@ def test_calls_become_calls_that_fuse_and_nothing_else_changes() -> None:
     assert edit(left, bn="opens") == (
         "return F.relu(value(add((_triton_bn_0 := call(self.bn, x)), "
         "after(self.conv, _triton_bn_0)(x))))"
+    )
+    assert edit(looks, bn="opens", act="activates") == (
+        "y = call(self.bn, x)\n"
+        "act = getattr(self, 'act', None)\n"
+        "if isinstance(act, nn.Module) and len(self.blocks) > 2:\n"
+        "    y = value(call(self.act, y))\n"
+        "return y"
     )
     assert edit(opaque, bn="opens", act="activates") == (
         "y = call(self.bn, x)\n"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from triton_bn.conversion.replace import LOCK, apply, replacements
+from triton_bn.conversion.replace import LOCK, apply, recorded, replacements
 from triton_bn.functional import _batch_norm
 from triton_bn.plan import Candidates, Device, Plans, candidates
 from triton_bn.problem import Activation, Problem, check, require_tensor
@@ -63,8 +63,9 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         Returns:
             A tensor of the input's shape, dtype and memory format.
         """
-        if not isinstance(input, Tensor):
-            return _recorded(self, input, residual)  # type: ignore[unreachable]
+        given: Any = input
+        if isinstance(given, Proxy):
+            return recorded(self, given, residual)
         return self._fused(input, residual, self.activation)
 
     def _fused(
@@ -444,16 +445,6 @@ class SyncBatchNorm(_Fused):
                 stacklevel=2,
             )
         return module
-
-
-def _recorded(layer: _Fused, input: Any, residual: Any) -> Any:
-    """A call under torch.fx is recorded as one of PyTorch's own layers, which it does not look into."""
-    if not isinstance(input, Proxy):
-        return layer._fused(input, residual, layer.activation)
-    arguments = (input,) if residual is None else (input, residual)
-    tracer: Any = input.tracer
-    path = tracer.path_of_module(layer)
-    return tracer.create_proxy("call_module", path, arguments, {})
 
 
 #: The layers of torch.nn, and ours.

@@ -145,7 +145,9 @@ def _function(tree: ast.FunctionDef, original: types.FunctionType) -> types.Func
 class Reader:
     """What an :class:`Editor` knows of callees and branches: by default what it was told."""
 
-    def __init__(self, roles: dict[str, str] | None = None) -> None:
+    def __init__(self, function: Any, roles: dict[str, str] | None = None) -> None:
+        #: Functions of Python's own that look at something, and do nothing.
+        self.looking = {name for name in _LOOKING if name not in function.__globals__}
         #: By its text, what a callee does: "opens" (its call may be pending), "passes" (what it is
         #: given), "activates".
         self.roles = {} if roles is None else roles
@@ -182,6 +184,7 @@ _SIMPLE = (ast.Name, ast.Attribute, ast.Subscript, ast.Constant, ast.UnaryOp, as
            ast.keyword, ast.Slice)  # fmt: skip
 _NESTED = (ast.Lambda, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ListComp,
            ast.SetComp, ast.DictComp, ast.GeneratorExp)  # fmt: skip
+_LOOKING = ("getattr", "hasattr", "isinstance", "len")
 _ENDS = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 
 
@@ -240,6 +243,8 @@ class Editor:
                 self.barred.add(node.target.id)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Del):
                 self.barred.add(node.id)
+        stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        self.looking = reader.looking - stored - self.bound
         self.tree = copy.deepcopy(tree)
         self.tree.body = self._block(self.tree.body)
 
@@ -346,7 +351,12 @@ class Editor:
         return [ast.copy_location(edited, s)]
 
     def _branched(self, s: ast.If) -> list[ast.stmt]:
-        if self.held and (not _is_plain(s.test) or _loads(s.test).keys() & self.held.keys()):
+        plain = all(
+            isinstance(n, _SIMPLE)
+            or (isinstance(n, ast.Call) and getattr(n.func, "id", None) in self.looking)
+            for n in ast.walk(s.test)
+        )
+        if self.held and (not plain or _loads(s.test).keys() & self.held.keys()):
             raise _NotUnderstood
         taken = self.reader.takes(s.test)
         if not self.held:
@@ -504,7 +514,7 @@ class Editor:
 
     def _after(self, callee: ast.expr, role: str | None) -> ast.expr:
         """The callee, which is called when what is pending has been made."""
-        if not self.held:
+        if not self.held or (isinstance(callee, ast.Name) and callee.id in self.looking):
             return callee
         edited = _use("after", callee, *map(_load, self.held))
         if role != "passes" and not self.reader.untaken:
@@ -527,6 +537,6 @@ def rewritten(cls: type, methods: tuple[tuple[str, tuple[tuple[str, str], ...]],
     body: dict[str, Callable[..., Any]] = {}
     for name, roles in methods:
         function = inspect.getattr_static(cls, name)
-        edited = Editor(source(function), Reader(dict(roles))).tree
+        edited = Editor(source(function), Reader(function, dict(roles))).tree
         body[name] = fuse.fusing(cls, name, _function(edited, function))
     return derived((cls,), body, (rewritten, cls, methods))

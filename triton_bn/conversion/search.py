@@ -242,7 +242,7 @@ class _ModuleReader(rewrite.Reader):
     def __init__(
         self, search: Search, module: nn.Module, tree: ast.FunctionDef, function: Any
     ) -> None:
-        super().__init__()
+        super().__init__(function)
         self.search, self.module, self.function = search, module, function
         arguments = [a.arg for a in (*tree.args.posonlyargs, *tree.args.args)]
         self.me = arguments[0]

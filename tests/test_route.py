@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -292,3 +296,76 @@ def test_an_exported_program_is_the_stock_models(gpu: None, training: bool) -> N
     assert targets(programs[0]) == targets(programs[1])
     assert not any("triton_bn" in target for target in targets(programs[0]))
     assert_same(*[[program.module()(x).detach()] for program in programs])
+
+
+# Platforms without Triton, and what an import costs.
+
+
+def run(script: str, **environment: str) -> str:
+    """What a script prints in a process of its own, without TRITON_INTERPRET."""
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+WITHOUT_TRITON = """
+    import sys
+    sys.modules["triton"] = None  # an import of it raises ModuleNotFoundError
+    import warnings
+    import torch, triton_bn
+    from triton_bn import route
+    from triton_bn.__main__ import main
+"""
+
+
+def test_without_triton_all_but_the_kernels_works() -> None:
+    said = run(
+        WITHOUT_TRITON
+        + """
+    model = triton_bn.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU()))
+    model(torch.randn(2, 3, 4, 4)).sum().backward()
+    layer = triton_bn.BatchNorm2d(4, activation="silu")
+    layer(torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)).sum().backward()
+    torch.export.export(model.eval(), (torch.randn(2, 3, 4, 4),))
+    print(layer.plan(torch.empty(8, 4, 3, 3), device="H100"))
+    assert main(["info"]) == 0
+    assert main(["inspect", "8,4,3,3"]) == 2
+    with torch._subclasses.FakeTensorMode(), warnings.catch_warnings(record=True) as warned:
+        x = torch.empty(2, 3, device="cuda")
+        assert [route.route(x, batch_statistics=True) for _ in range(2)] == ["torch"] * 2
+    print(*[warning.message for warning in warned])
+    """
+    )
+    assert "triton       not installed" in said
+    assert "error: this needs Triton, which is not installed" in said
+    assert "Triton is not installed, so PyTorch's own operators compute on this GPU" in said
+
+
+def test_without_triton_asking_for_its_interpreter_says_what_is_missing() -> None:
+    said = run(
+        WITHOUT_TRITON
+        + """
+    try:
+        triton_bn.BatchNorm1d(3)(torch.randn(4, 3))
+    except ModuleNotFoundError as error:
+        print(error)
+    """,
+        TRITON_INTERPRET="1",
+    )
+    assert "kernels need Triton, which is not installed" in said
+
+
+def test_an_import_loads_neither_dynamo_nor_triton() -> None:
+    loaded = run("import torch, triton_bn, sys; print(*sys.modules)").split()
+    assert not {"torch._dynamo", "triton", "triton_bn.launch", "rich", "matplotlib"} & {*loaded}
+    said = run("""
+    import os, torch, triton_bn
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        triton_bn.route.kernels()
+    except RuntimeError as error:
+        print(error)
+    """)
+    assert "TRITON_INTERPRET was changed after" in said

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval, parametrize, prune
 
 import triton_bn
-from triton_bn import launch, route
+from triton_bn import route
 from triton_bn.conversion import fuse
 from triton_bn.conversion.convert import conversion_report, convert, revert
 
@@ -269,7 +269,7 @@ def fusing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     """By the kernels (the interpreter's, without a GPU), or as on a CPU."""
     fuses = bool(request.param == "fused")
     if not fuses:
-        monkeypatch.setattr(launch, "interpreting", lambda: False)
+        monkeypatch.setattr(route, "INTERPRETED", False)
     return fuses
 
 
@@ -439,7 +439,7 @@ def test_a_compiled_model_is_one_graph_and_is_compiled_once(
 ) -> None:
     """Whether it fuses or not."""
     monkeypatch.setattr(route, "on_gpu", lambda x: fusing)  # as where operators stand for kernels
-    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    monkeypatch.setattr(route, "INTERPRETED", False)
     model, stock = convert(network()).train(), network().train()
     x = torch.randn(2, 4, 3, 2, dtype=torch.float64)
     graphs: list[torch.fx.GraphModule] = []
@@ -500,7 +500,7 @@ def test_exported_traced_and_compiled_evaluation_are_stock(monkeypatch: pytest.M
     model, stock = convert(network()), network()
     x = torch.randn(2, 4, 3, 2, dtype=torch.float64)
     monkeypatch.setattr(fuse, "computes", lambda layer: pytest.fail("asked for kernels"))
-    monkeypatch.setattr(launch, "interpreting", lambda: False)
+    monkeypatch.setattr(route, "INTERPRETED", False)
     program = torch.export.export(model, (x,))
     assert sum("relu" in str(node.target) for node in program.graph.nodes) == 4
     assert_same([program.module()(x)], [stock(x)])

@@ -14,8 +14,13 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+
+try:
+    import triton
+except ModuleNotFoundError as error:
+    error.msg = "triton_bn's kernels need Triton, which is not installed (pip install triton, or triton-windows)"
+    raise
 
 from triton_bn.kernels.backward import (
     backward_apply_kernel,

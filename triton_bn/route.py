@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -10,9 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from triton_bn import launch
+__all__ = ["INTERPRETED", "TRITON", "kernels", "on_gpu", "route", "transformed"]
 
-__all__ = ["on_gpu", "route", "transformed"]
+#: Whether Triton is installed. It is there for Linux, and for Windows as the package triton-windows.
+TRITON = find_spec("triton") is not None
+#: Whether the kernels run in Triton's interpreter, so that they take CPU tensors.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def route(
@@ -44,6 +52,8 @@ def route(
             the operators that stand for them.
     """
     if not (shared or on_gpu(input)):
+        if input.is_cuda and not torch.compiler.is_compiling():
+            _warn_of_missing_triton()
         return "torch"
     if torch.compiler.is_compiling():
         # Not is_exporting(): dynamo of some releases takes that for true whatever it compiles for.
@@ -64,7 +74,31 @@ _WITHOUT_DATA = _PLAIN | {FakeTensor, FunctionalTensor}
 
 def on_gpu(x: Tensor) -> bool:
     """Whether the kernels can take a tensor: on a GPU, or on the CPU under TRITON_INTERPRET=1."""
-    return x.is_cuda or (x.device.type == "cpu" and launch.interpreting())
+    return (x.is_cuda and TRITON) or (INTERPRETED and x.device.type == "cpu")
+
+
+@cache
+def kernels() -> ModuleType:
+    """:mod:`triton_bn.launch`, imported at the first launch: Triton and the kernels take a fifth of a second.
+
+    Raises:
+        ModuleNotFoundError: where Triton is not installed.
+        RuntimeError: where TRITON_INTERPRET has changed since this package was imported.
+    """
+    from triton_bn import launch
+
+    if launch.interpreting() != INTERPRETED:
+        raise RuntimeError(
+            "TRITON_INTERPRET was changed after triton_bn was imported: set it before"
+        )
+    return launch
+
+
+@cache
+def _warn_of_missing_triton() -> None:
+    """Once a process."""
+    text = "triton_bn: Triton is not installed, so PyTorch's own operators compute on this GPU"
+    warnings.warn(text, stacklevel=2)
 
 
 def transformed() -> bool:

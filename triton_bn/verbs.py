@@ -10,9 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from triton_bn import launch, reference
+from triton_bn import reference
 from triton_bn.plan import Device, Plans
 from triton_bn.problem import FLOATING, Activation, Problem, canonical, describe
+from triton_bn.route import kernels
 from triton_bn.route import on_gpu as use_kernels
 from triton_bn.sync import DISAGREE, Ranks
 from triton_bn.tuning.resolve import resolve, usual
@@ -72,7 +73,7 @@ def forward(
         and num_batches_tracked is not None
         and running_mean is not None,
     )
-    return launch.forward(
+    return kernels().forward(
         problem, resolve(problem, Device.current(x.device)), x, weight, bias, running_mean, running_var,
         num_batches_tracked, residual, momentum, eps,
     )  # fmt: skip
@@ -92,24 +93,24 @@ def _forward_shared(
 ) -> Outputs:
     """The halves of :func:`forward`, with the collective between them."""
     ranks.agree()
-    tag, kernels, empty = FLOATING.index(x.dtype), use_kernels(x), x.numel() == 0
+    tag, ours, empty = FLOATING.index(x.dtype), use_kernels(x), x.numel() == 0
     if empty:
         row = x.new_zeros(2 * x.shape[1] + 2, dtype=torch.float64)
         row[-1] = tag
-    elif kernels:
+    elif ours:
         problem, x = describe(
             x, training=False, residual=residual is not None, activation=activation, bits=bits
         )
         plan = resolve(problem, Device.current(x.device))
-        row = launch.row(problem, plan, x, tag)
+        row = kernels().row(problem, plan, x, tag)
     else:
         row = reference.row(x, tag)
     rows = ranks.gather(row)
     if x.device.type == "cpu":
         ranks.verify(rows, FLOATING)
     stats = x.new_empty((3, x.shape[1]), dtype=reference.accumulator(x.dtype))
-    if kernels:
-        moments, agree = launch.merge(rows, stats[2], *running, momentum)
+    if ours:
+        moments, agree = kernels().merge(rows, stats[2], *running, momentum)
         if x.device.type != "cpu":
             torch._assert_async(agree, DISAGREE)
     else:
@@ -119,8 +120,8 @@ def _forward_shared(
     if empty:
         return fake_outputs(x, bits, 3)
     mean, variance = moments.unbind()
-    if kernels:
-        return launch.normalize(
+    if ours:
+        return kernels().normalize(
             problem, plan, x, mean, variance, weight, bias, residual, eps, stats
         )
     y, stats[:2], packed = normalize(
@@ -151,7 +152,7 @@ def normalize(
     problem, x = describe(
         x, training=False, residual=residual is not None, activation=activation, bits=bits
     )
-    return launch.normalize(
+    return kernels().normalize(
         problem,
         resolve(problem, Device.current(x.device)),
         x,
@@ -177,7 +178,7 @@ def again(
         return reference.normalize(x, stats[0], stats[1], weight, bias, residual, activation)[0]
     problem, x = describe(x, training=False, residual=residual is not None, activation=activation)
     plan = usual(problem, Device.current(x.device))
-    return launch.again(problem, plan, x, stats, weight, bias, residual)
+    return kernels().again(problem, plan, x, stats, weight, bias, residual)
 
 
 def backward(
@@ -226,7 +227,7 @@ def backward(
             activation=activation,
             bits=packed is not None,
         )
-        return launch.backward(
+        return kernels().backward(
             problem, resolve(problem, Device.current(dy.device)), dy, None if x is None else seen, stats,
             weight, bias, residual, packed, needs, share,
         )  # fmt: skip

@@ -26,9 +26,9 @@ from triton_bn.commands.arguments import (
     example,
     print_json,
 )
-from triton_bn.launch import interpreting
 from triton_bn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from triton_bn.oracle import Bounded, batch_norm, observe
+from triton_bn.route import INTERPRETED
 
 __all__ = ["add_arguments", "run"]
 
@@ -156,7 +156,7 @@ def errors_of(
         found.append(observe(_alone(layer), layer, x, dy))
     exact = batch_norm(
         x, state["running_mean"], state["running_var"], state["weight"], state["bias"],
-        training=True, dy=dy, interpreted=interpreting(),
+        training=True, dy=dy, interpreted=INTERPRETED,
     )  # fmt: skip
     return {
         name: Error(
@@ -183,7 +183,7 @@ def _largest(actual: Tensor | None, exact: Bounded) -> float:
 
 
 def _where(device: torch.device) -> str:
-    if interpreting():
+    if INTERPRETED:
         return "the kernels in Triton's interpreter"
     if device.type == "cuda":
         return f"the kernels on {torch.cuda.get_device_name(device)}"

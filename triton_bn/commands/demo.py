@@ -17,7 +17,7 @@ from triton_bn.commands.arguments import CannotRun, add_json, positive, print_js
 from triton_bn.demo.digits import Training, load
 from triton_bn.demo.lockstep import Difference
 from triton_bn.demo.picture import NAMES, draw
-from triton_bn.launch import interpreting
+from triton_bn.route import INTERPRETED
 
 __all__ = ["add_arguments", "run"]
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--epochs",
         type=positive,
-        default=2 if interpreting() else 10,
+        default=2 if INTERPRETED else 10,
         help="default: 10, in Triton's interpreter 2",
     )
     parser.add_argument("--batch", type=positive, default=64, help="default: %(default)s")
@@ -105,7 +105,7 @@ def _summary(training: Training) -> dict[str, Any]:
 
 
 def _where(device: torch.device) -> str:
-    if interpreting():
+    if INTERPRETED:
         return "Triton's interpreter"
     return f"{torch.cuda.get_device_name(device)}" if device.type == "cuda" else "plain torch (CPU)"
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import platform
+from importlib.metadata import version
 
 import torch
-import triton
 
 from triton_bn.commands.arguments import add_json, print_json
-from triton_bn.launch import interpreting
 from triton_bn.plan import Device
+from triton_bn.route import INTERPRETED, TRITON
 from triton_bn.tuning import cache
 from triton_bn.version import __version__
 
@@ -25,13 +25,13 @@ def run(args: argparse.Namespace) -> int:
     lines = {
         "triton_bn": __version__,
         "torch": str(torch.__version__),
-        "triton": str(triton.__version__),
+        "triton": version("triton") if TRITON else "not installed",
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         **_devices(),
-        "interpreter": "on" if interpreting() else "off (TRITON_INTERPRET=1 turns it on)",
+        "interpreter": "on" if INTERPRETED else "off (TRITON_INTERPRET=1 turns it on)",
         **_destinations(),
         "plans kept in": str(cache.folder()),
-        "kernels kept in": str(triton.knobs.cache.dir),
+        **_compiled(),
     }
     if args.json:
         print_json(lines)
@@ -40,6 +40,14 @@ def run(args: argparse.Namespace) -> int:
     for name, text in lines.items():
         print(f"{name:{width}}  {text}")
     return 0
+
+
+def _compiled() -> dict[str, str]:
+    if not TRITON:
+        return {}
+    from triton import knobs
+
+    return {"kernels kept in": str(knobs.cache.dir)}
 
 
 def _devices() -> dict[str, str]:
@@ -52,6 +60,8 @@ def _devices() -> dict[str, str]:
 
 
 def _destinations() -> dict[str, str]:
-    if interpreting():
+    if not TRITON:
+        return {"any tensor": "PyTorch's own operators"}
+    if INTERPRETED:
         return {"any tensor": "the kernels, in Triton's interpreter"}
     return {"CPU tensors": "PyTorch's own operators", "GPU tensors": "the compiled kernels"}

@@ -102,8 +102,10 @@ def fingerprint() -> str:
 
 
 def _triton_version() -> str:
-    import triton
-
+    try:
+        import triton
+    except ModuleNotFoundError:  # its plans may be asked for all the same
+        return "none"
     return str(triton.__version__)
 
 

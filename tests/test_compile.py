@@ -29,7 +29,7 @@ from perf.shapes import NETWORKS
 from triton_bn import launch
 from triton_bn.inspection import report
 from triton_bn.inspection.report import TARGETS, Case, KernelFacts, gradient_of, plans
-from triton_bn.plan import Plan, Tile
+from triton_bn.plan import Plan, Tile, registers
 from triton_bn.problem import ACTIVATIONS, Activation, Problem, describe
 
 #: Beside other test processes, one compiles at a time.
@@ -137,6 +137,67 @@ def test_the_plans_of_resnet_50_elsewhere() -> None:
     ]
     cases = [case for target in OTHERS for case in chosen(both(*layers), target)]
     assert_sound(cases, strict=True)
+
+
+def test_the_assembly_of_networks() -> None:
+    """sm_90, both layouts, with ReLU and with a residual: what the time of split's kernels hangs on.
+
+    All loads of a chunk are under way before the first is waited for, and none of them behind a store. The
+    merge of partials has no barrier in its loop. A launch fits the registers that plans count on.
+    """
+    layers = [(32, 256, 56, 56), (256, 512, 28, 28), (256, 256, 14, 14), (256, 2048, 7, 7)]
+    problems = both(
+        *(
+            problem(shape, layout, activation="relu", residual=residual)
+            for shape in layers
+            for layout in ("contiguous", "channels_last")
+            for residual in (False, True)
+        )
+    )
+    cases = [case for case in chosen(problems, "sm_90") if case.plan.driver == "split"]
+    assert len(cases) == len(problems)
+    bad = []
+    for case, facts in zip(cases, report.compile_all(cases, jobs=JOBS), strict=True):
+        allowed = registers(case.problem, case.plan.transform.columns)
+        for kernel in facts:
+            assert kernel.flight is not None
+            assert kernel.barriers is not None
+            loads, together, behind = kernel.flight
+            name = f"{case.problem}, {case.plan}: {kernel.kernel}"
+            if together < loads or behind:
+                bad.append(f"{name}: {together} of {loads} loads together, {behind} behind a store")
+            if kernel.barriers[1]:
+                bad.append(f"{name}: {kernel.barriers[1]} barriers in the loop of a merge")
+            if kernel.registers > allowed:
+                bad.append(f"{name}: {kernel.registers} registers, {allowed} in the table")
+    assert not bad, f"{len(bad)}:\n" + "\n".join(bad)
+
+
+def test_activations_of_straight_pieces_select_nothing() -> None:
+    """A maximum or minimum each, by which NaN stays NaN and -0.0 becomes 0.0 (PTX: +0.0 > -0.0)."""
+    script = """
+import json
+from dataclasses import replace
+from triton_bn.inspection import report
+from triton_bn.plan import Plan, Tile
+from tests.test_compile import problem
+plan = Plan("split", Tile(64, 32, 4, 8))
+for name in ("relu", "relu6", "leaky_relu", "hardswish"):
+    case = problem((64, 256, 28, 28), "channels_last", training=False, activation=name)
+    with report._capture("sm_90") as launches:
+        report._run(replace(case, bits=False), plan)
+    ptx = launches[0].compiled.asm["ptx"]
+    print(json.dumps([name, ptx.count("max.NaN.f32"), ptx.count("selp.b16"), ptx.count("max.f32")]))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [name for name, *_ in found] == ["relu", "relu6", "leaky_relu", "hardswish"]
+    for name, maxima, selects, others in found:
+        assert maxima > 0, name
+        assert selects == others == 0, name
 
 
 #: One of each kind of problem that has code of its own in the kernels.

@@ -277,6 +277,21 @@ DEPTH = 24
 MEMBERS = 1 << 10
 
 
+#: Registers a thread of split's launches on tiles of 16-bit values, at most, by direction and by what a thread's
+#: 8 columns of a tile are: of "one" channel, of "several" (then it holds what belongs to each column), or
+#: channels each ("last"). Compiled for sm_90 with Triton 3.6 and 3.9; tests/test_compile.py holds it.
+REGISTERS = {
+    ("forward", "one"): 64,
+    ("forward", "several"): 96,
+    ("forward", "last"): 80,
+    ("backward", "one"): 56,
+    ("backward", "several"): 112,
+    ("backward", "last"): 112,
+}
+
+#: 32-bit registers of a processor (NVIDIA), and programs that it holds more of than help.
+FILE, MOST = 64 << 10, 8
+
 #: Bytes of shared memory that the chunks under way may take: any NVIDIA GPU since the A100 has them.
 SHARED = 96 << 10
 
@@ -341,9 +356,16 @@ def heuristic(problem: Problem, device: Device) -> Plan:
         reason = f"{keep}less than 90% of {device.processors} processors busy"
     # channels_last has few programs (below): they need more warps to keep as many bytes in flight. Where
     # there are fewer rows than tiles in flight, longer tiles make fewer partials.
-    depth = _depth(problem)
-    warps = 8 if problem.inner == 1 or problem.outer < depth else 4
-    plan = _split(problem, device, 1, depth, warps, _stages(problem, device)[0])
+    depth, stages = _depth(problem), _stages(problem, device)[0]
+    usual = 8 if problem.inner == 1 or problem.outer < depth else 4
+    plan = _split(problem, device, 1, depth, usual, stages)
+    if (
+        _turns(problem, device, plan.transform) > 1
+        and _balance(problem, device, plan.transform) < 0.8
+    ):
+        # Larger programs leave fewer processors idle while the last ones run.
+        other = _split(problem, device, 1, depth, 12 - usual, stages)
+        plan = max(plan, other, key=lambda plan: _balance(problem, device, plan.transform))
     return replace(plan, reason=reason)
 
 
@@ -405,13 +427,21 @@ def _holds(problem: Problem) -> tuple[int, int]:
 
 
 def _resident(problem: Problem, device: Device) -> Iterator[Plan]:
-    """Resident plans, the preferred first: the fewest channels that fill 16-byte accesses and 64-byte rows."""
+    """Resident plans, the preferred first: the fewest channels that fill 16-byte accesses and 64-byte rows.
+
+    In channels_last rows of 32 bytes (what memory hands out at a time) where longer ones do not fit, or leave
+    processors idle.
+    """
     if problem.cumulative:
         # Every program would need the counter that one of them advances: split has a launch between.
         return
     limit, thread = _holds(problem)
     group = aligned_channels(problem)
-    while group * problem.inner * problem.itemsize < 64 and group < problem.channels:
+    narrow = problem.inner == 1 and not _resident_fills(problem, device, limit)
+    while (
+        group * problem.inner * problem.itemsize < (32 if narrow else 64)
+        and group < problem.channels
+    ):
         group *= 2
     while True:
         channels = min(group, problem.channels)
@@ -437,6 +467,12 @@ def _resident(problem: Problem, device: Device) -> Iterator[Plan]:
         group *= 2
 
 
+def _resident_fills(problem: Problem, device: Device, limit: int) -> bool:
+    """Whether resident programs of 64-byte rows hold all rows of their channels, and keep the GPU busy."""
+    channels = 64 // problem.itemsize
+    return problem.outer * channels <= limit and problem.channels >= channels * device.processors
+
+
 def _resident_tile(problem: Problem, device: Device, columns: int, most: int, fewest: int) -> Tile:
     """Tiles of about 16 bytes a thread, larger where more than DEPTH of them would be needed.
 
@@ -450,16 +486,45 @@ def _resident_tile(problem: Problem, device: Device, columns: int, most: int, fe
     return Tile(rows, columns, -(-problem.outer // rows), warps)
 
 
+def _kind(problem: Problem, columns: int) -> str:
+    """What the columns of a thread are, see :data:`REGISTERS`."""
+    if problem.inner == 1:
+        return "last"
+    return "one" if problem.inner % 16 == 0 or problem.inner % columns == 0 else "several"
+
+
+def registers(problem: Problem, columns: int) -> int:
+    """Registers a thread that split's launches on tiles of so many columns take, at most."""
+    return REGISTERS[problem.direction, _kind(problem, columns)]
+
+
+def _held(problem: Problem, device: Device, columns: int, warps: int) -> int:
+    """Programs of split that a processor holds at a time, and that are worth holding."""
+    if not device.arch.startswith("sm_"):
+        return 2 if _kind(problem, columns) == "last" else MOST
+    threads = warps * device.warp
+    return max(min(FILE // (registers(problem, columns) * threads), MOST), 1)
+
+
+def _turns(problem: Problem, device: Device, tile: Tile) -> float:
+    """How many times over the programs of a launch fill the GPU."""
+    programs = -(-problem.row // tile.columns) * tile.splits
+    return programs / device.processors / _held(problem, device, tile.columns, tile.warps)
+
+
+def _balance(problem: Problem, device: Device, tile: Tile) -> float:
+    """The share of the time of more turns than one in which a processor is busy, its programs taking equally long."""
+    turns = _turns(problem, device, tile)
+    return turns / math.ceil(turns)
+
+
 def _split(
     problem: Problem, device: Device, scale: int, depth: int, warps: int, stages: int
 ) -> Plan:
     """Split, or for running statistics the transform alone: ``scale`` times the usual number of programs."""
+    tile = _tile(problem, device, scale, depth, warps, stages)
     reduces = problem.training or problem.direction == "backward"
-    transform = _tile(problem, device, scale, depth, warps, stages)
-    reduce = transform if reduces else None
-    if not reduces:
-        transform = _tile(problem, device, 2 * scale, depth, warps, stages)
-    return Plan("split", transform, reduce)
+    return Plan("split", tile, tile if reduces else None)
 
 
 def _streamed(problem: Problem, device: Device) -> Iterator[Plan]:
@@ -503,15 +568,15 @@ def streamed_span(problem: Problem, columns: int, window: int) -> int:
 def _tile(
     problem: Problem, device: Device, scale: int, depth: int, warps: int, stages: int
 ) -> Tile:
-    """16 bytes a thread and tile; rows are split until each processor has 8 programs (channels_last: 2)."""
+    """16 bytes a thread and tile; rows are split until each processor has all the programs that it holds."""
     vector = 16 // problem.itemsize
     values = warps * device.warp * vector
     if problem.inner == 1:
-        columns, programs = 4 * vector, 2 * device.processors * scale  # rows of 64 bytes
+        columns = 4 * vector  # rows of 64 bytes
     else:
         # Two channels a tile at most, where its rows are whole cache lines then: those fold with least ado.
         columns = max(power_of_two(problem.inner + 2) // 2, 128 // problem.itemsize)
-        columns, programs = min(columns, values), 8 * device.processors * scale
+        columns = min(columns, values)
         if power_of_two(problem.outer) < depth:
             # There are not so many rows to have in flight: longer ones, then.
             columns *= min(max(depth, 4) // power_of_two(problem.outer), 32 // vector)
@@ -529,6 +594,7 @@ def _tile(
         columns //= 2
     blocks = -(-problem.row // columns)
     rows = max(min(values // columns, power_of_two(problem.outer)), 1)
+    programs = _held(problem, device, columns, warps) * device.processors * scale
     most = min(programs // blocks, _most_splits(problem, columns))
     splits = _dealt(problem.outer, rows * depth, most)
     # Fewer tiles in flight rather than fewer programs than processors.
@@ -538,10 +604,7 @@ def _tile(
             break
         splits, depth = more, depth // 2
     tile = Tile(rows, columns, depth, warps, splits, stages)
-    # One chunk has no next.
-    if _copied(problem, tile) > SHARED or problem.outer <= splits * rows * depth:
-        tile = replace(tile, stages=1)
-    return tile
+    return tile if _copied(problem, tile) <= SHARED else replace(tile, stages=1)
 
 
 def _dealt(outer: int, chunk: int, most: int) -> int:

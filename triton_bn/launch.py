@@ -156,11 +156,11 @@ def _tiled(problem: Problem, tile: Tile, partial: Tile | None) -> tuple[int, int
     group = power_of_two(tile_channels(tile.columns, problem.inner))
     others = {"G": group, "MASKED": problem.row % tile.columns != 0}
     if partial is not None:
-        # About 1024 values at a time: more would cost the transform its registers. Few different
+        # About 4 values a thread at a time: more would cost the transform its registers. Few different
         # numbers: each is a kernel to compile.
         _, splits, blocks = _geometry(problem, partial)
         enough = next(q for q in (1, 4, 32, 1024) if q >= splits * blocks or q == 1024)
-        others["Q"] = min(enough, max(1024 // group, 1))
+        others["Q"] = min(enough, max(128 * tile.warps // group, 1))
         others["K_PARTIAL"] = partial.columns
     programs = -(-problem.row // tile.columns) * tile.splits
     return (

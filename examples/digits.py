@@ -65,10 +65,16 @@ class ResNet(nn.Module):
 
 
 def train(
-    model: nn.Module, data: Data, epochs: int, batch: int = 64, parts: int = 1, part: int = 0
+    model: nn.Module,
+    data: Data,
+    epochs: int,
+    batch: int = 64,
+    lr: float = 0.1,
+    parts: int = 1,
+    part: int = 0,
 ) -> list[float]:
     """Trains on every batch, or on one of its ``parts``; returns the loss of every step."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
     losses = []
     for epoch in range(epochs):
         order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(epoch))

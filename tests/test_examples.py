@@ -44,6 +44,14 @@ def test_ours_beside_torch_begins_with_the_same_loss(name: str) -> None:
         assert re.search(r"6 replaced, [56] fused", output)
 
 
+def test_fine_tuning_leaves_frozen_statistics_alone() -> None:
+    output = run("examples/fine_tuning.py")
+    assert len(losses(output)) == 3
+    free, frozen = re.findall(r"(\d+) of (\d+) statistics", output)
+    assert free[0] == free[1]
+    assert frozen == ("0", free[1])
+
+
 @pytest.mark.dist
 def test_two_processes_train_one_network() -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

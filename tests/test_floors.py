@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "triton_bn"
 FLOORS = {
     0: ["problem", "sync", "version", "tuning.cache", "conversion.derive", "inspection.binary"],
     1: ["kernels", "reference", "oracle", "plan", "recompute", "conversion.replace"],
-    2: ["launch", "commands.arguments", "tuning.memory", "tuning.results"],
+    2: ["launch", "commands.arguments", "tuning.memory", "tuning.results", "conversion.freeze"],
     3: ["tuning.trial", "inspection.report", "route"],
     4: ["tuning.ahead"],
     5: ["tuning.search"],

@@ -6,6 +6,7 @@ searched and found, and which plan or file is refused.
 
 from triton_bn import functional
 from triton_bn.conversion.convert import conversion_report, convert, revert
+from triton_bn.conversion.freeze import freeze, unfreeze
 from triton_bn.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from triton_bn.problem import Activation
 from triton_bn.recompute import recompute
@@ -23,9 +24,11 @@ __all__ = [
     "compile_ahead",
     "conversion_report",
     "convert",
+    "freeze",
     "functional",
     "recompute",
     "revert",
     "tune",
+    "unfreeze",
     "use",
 ]

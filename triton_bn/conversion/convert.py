@@ -28,9 +28,12 @@ from triton_bn.conversion.replace import (
     LOCK,
     Behind,
     Change,
+    Frozen,
     apply,
+    frozen,
     rebased,
     replacements,
+    thawed,
 )
 from triton_bn.conversion.search import Search
 from triton_bn.modules import TWINS, SyncBatchNorm
@@ -338,7 +341,7 @@ def revert(model: Model) -> Model:
             changes += [(own, key, ABSENT) for key in (_REPORT, FROM) if key in own]
             if isinstance(module, OURS) or FROM in own:
                 changes += _reverted(name, module)
-            elif (without := underneath(cls)) is not cls:
+            elif (without := underneath(thawed(cls))) is not thawed(cls):
                 changes.append((module, "__class__", without))
         apply(changes)
     logger.info("reverted a %s: %d changes", type(model).__name__, len(changes))
@@ -347,7 +350,7 @@ def revert(model: Model) -> Model:
 
 def _reverted(name: str, layer: nn.Module) -> list[Change]:
     """What makes one layer torch.nn's again."""
-    own, cls = vars(layer), type(layer)
+    own, cls = vars(layer), thawed(type(layer))
     parametrized = parametrize.is_parametrized(layer)
     stock = own.get(FROM) or STOCK.get(cls.__bases__[0] if parametrized else cls)
     if stock is None or getattr(layer, "activation", None) is not None:
@@ -359,5 +362,8 @@ def _reverted(name: str, layer: nn.Module) -> list[Change]:
         foreign.append("process_group")
     changes: list[Change] = [(own, key, ABSENT) for key in foreign if key in own]
     if not isinstance(layer, LazyModuleMixin):
-        changes.append((layer, "__class__", rebased(cls, stock) if parametrized else stock))
+        cls = rebased(cls, stock) if parametrized else stock
+        if isinstance(layer, Frozen):  # it stays so
+            cls = frozen(cls, parametrized)
+        changes.append((layer, "__class__", cls))
     return changes

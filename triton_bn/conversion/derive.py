@@ -47,7 +47,7 @@ def derived(bases: tuple[type, ...], body: dict[str, Any], recipe: tuple[Any, ..
         """As any object's, but for the class: no import finds it, so it is made again."""
         reduced: Any = object.__reduce_ex__(self, max(int(protocol), 2))
         _, (_, *arguments), *state = reduced
-        return _make, (recipe, *arguments), *state
+        return _make, (_written(recipe), *arguments), *state
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     try:
@@ -57,12 +57,27 @@ def derived(bases: tuple[type, ...], body: dict[str, Any], recipe: tuple[Any, ..
         raise Refused(f"belongs to a class that cannot be subclassed: {error}") from error
 
 
-def _make(recipe: tuple[Any, ...], *arguments: Any) -> Any:
-    maker, *how = recipe
+class _Recipe(tuple[Any, ...]):
+    """Stands for the class that it makes, in another's recipe."""
+
+
+def _written(recipe: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The recipe, without classes that no import finds."""
+    maker, cls, *others = recipe
+    return maker, _Recipe(_written(vars(cls)[_RECIPE])) if is_derived(cls) else cls, *others
+
+
+def _made(recipe: tuple[Any, ...]) -> Any:
+    maker, cls, *others = recipe
+    cls = _made(cls) if isinstance(cls, _Recipe) else cls
     try:
-        cls = maker(*how)
+        return maker(cls, *others)
     except Refused:  # the code is another by now, and cannot be edited: it runs as it is
-        cls = how[0]
+        return cls
+
+
+def _make(recipe: tuple[Any, ...], *arguments: Any) -> Any:
+    cls = _made(recipe)
     return cls.__new__(cls, *arguments)
 
 
@@ -82,15 +97,19 @@ def original(cls: type) -> type:
     return start
 
 
-def underneath(cls: type) -> type:
-    """``cls`` with every class made here, below another's too, taken back.
+def underneath(cls: type, front: type | None = None) -> type:
+    """``cls`` with every class made here, below another's too, taken back; or those with ``front`` alone.
 
     FSDP2 and parametrizations put a class of theirs over a module's: that one is made again.
     """
-    if is_derived(cls):
-        return original(cls)
-    if not any(map(is_derived, cls.__mro__)):
+
+    def meant(each: type) -> bool:
+        return is_derived(each) and (front is None or front in each.__bases__)
+
+    if meant(cls):
+        return underneath(original(cls), front)
+    if not any(map(meant, cls.__mro__)):
         return cls
-    bases = tuple(map(underneath, cls.__bases__))
+    bases = tuple(underneath(base, front) for base in cls.__bases__)
     own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
     return type(cls)(cls.__name__, bases, own)

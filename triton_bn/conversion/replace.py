@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from triton_bn.conversion.derive import Refused, merged
+from triton_bn.conversion.derive import Refused, merged, underneath
 
 __all__ = [
     "ABSENT",
@@ -25,10 +25,13 @@ __all__ = [
     "LOCK",
     "Behind",
     "Change",
+    "Frozen",
     "Replacement",
     "apply",
+    "frozen",
     "recorded",
     "replacements",
+    "thawed",
 ]
 
 #: A module and ``"__class__"``, or a dictionary and a key; and the new value.
@@ -69,6 +72,44 @@ def recorded(layer: nn.Module, *inputs: Any) -> Any:
     tracer: Any = inputs[0].tracer
     given = tuple(one for one in inputs if one is not None)
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), given, {})
+
+
+class Frozen:
+    """Front of frozen layers: in evaluation, whatever ``train()`` says.
+
+    Whoever computes asks ``training``: torch.nn's layers, ours, timm's. What was said is kept, for when
+    the front goes.
+    """
+
+    @property
+    def training(self) -> bool:
+        return False
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        vars(self)["training"] = mode
+
+    def extra_repr(self) -> str:
+        text: str = super().extra_repr()  # type: ignore[misc]
+        return f"{text}, frozen"
+
+
+def frozen(cls: type, parametrized: bool) -> type:
+    """The class of a layer as it is when frozen; for a ``parametrized`` one, below what parametrizes it.
+
+    Raises:
+        Refused: where the class cannot be subclassed.
+    """
+    if issubclass(cls, Frozen):
+        return cls
+    base: Any = cls.__bases__[0] if parametrized else cls
+    front = merged(base, Frozen)
+    return rebased(cls, front) if parametrized else front
+
+
+def thawed(cls: type) -> type:
+    """The class of a layer as it is when not frozen."""
+    return underneath(cls, Frozen)
 
 
 @dataclass
@@ -120,6 +161,8 @@ def replacements(
         except Refused as refused:
             one.note = str(refused)
             continue
+        if isinstance(layer, Frozen):  # it stays so
+            cls = frozen(cls, parametrize.is_parametrized(layer))
         lazy = isinstance(layer, LazyModuleMixin)
         one.after = cls
         one.changes.append(
@@ -142,7 +185,7 @@ def _classes(
     Raises:
         Refused: with the reason for leaving it.
     """
-    cls: Any = type(layer)
+    cls: Any = thawed(type(layer))
     parametrized = parametrize.is_parametrized(layer)
     if isinstance(layer, LazyModuleMixin):
         cls = cls.cls_to_become
@@ -157,7 +200,7 @@ def _classes(
         raise Refused("its forward was replaced on the instance")
     twin = known[stock] if sync is None else sync
     if cls is stock:
-        return (rebased(type(layer), twin) if parametrized else twin), cls
+        return (rebased(thawed(type(layer)), twin) if parametrized else twin), cls
     if parametrized:
         raise Refused(f"a {cls.__name__} that is parametrized")
     if f"{cls.__module__}.{cls.__qualname__}" in _WITH_ACTIVATION:

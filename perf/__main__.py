@@ -27,6 +27,7 @@ COMMANDS = {
     "search": Command("time every plan of the telling cases, and remember the best", gpu=True),
     "ab": Command("A/B comparisons of plans, and how long programs wait for one another", gpu=True),
     "visit": Command("all of it on a GPU that is there for ten minutes", gpu=True),
+    "memory": Command("what whole networks keep for backward, counted on a CPU"),
     "plots": Command("draw all folders of results"),
     "summary": Command("the targets beside what was measured"),
 }

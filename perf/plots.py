@@ -49,6 +49,13 @@ STYLE = {
     "inplace_abn": ("#8C7A00", "*"),
     COPY: ("#000000", ""),
 }
+#: Colour by what is done with a whole network.
+WAYS = {
+    "stock": "#777777",
+    "converted": "#56B4E9",
+    "recompute": "#0072B2",
+    "torch.utils.checkpoint": "#E69F00",
+}
 EAGER = ("torch native", "torch cuDNN")
 OTHER = ("#AAAAAA", ".")
 BLUES = LinearSegmentedColormap.from_list("blues", ["#08519C", "#6BAED6", "#EFF3FF"])
@@ -624,6 +631,34 @@ def compile_facts(facts: pd.DataFrame) -> Figure:
     return _finish(figure, title, source)
 
 
+def kept(rows: pd.DataFrame) -> Figure:
+    """What whole networks keep for backward, as a share of what the stock network keeps."""
+    rows = _pick(rows, status="counted")
+    networks, ways = list(rows["network"].unique()), list(rows["way"].unique())
+    figure, axis = plt.subplots(figsize=(7.6, 0.8 + 0.75 * len(networks)))
+    height = 0.8 / len(ways)
+    for i, way in enumerate(ways):
+        own = rows[rows["way"] == way].set_index("network").reindex(networks)
+        places = np.arange(len(networks)) + (i - (len(ways) - 1) / 2) * height
+        bars = axis.barh(
+            places, own["share"], 0.9 * height, label=way, color=WAYS.get(way, OTHER[0])
+        )
+        text = [
+            "" if pd.isna(share) else f"{share:.2f} ({size / 2**20:.0f} MiB)"
+            for share, size in zip(own["share"], own["kept_bytes"], strict=True)
+        ]
+        axis.bar_label(bars, text, padding=2, size=7)
+    axis.set_yticks(range(len(networks)), networks)
+    axis.set_ylim(len(networks) - 0.5, -0.5)
+    axis.set_xlim(0, 1.25)
+    axis.set_xlabel("share of what the stock network keeps")
+    axis.tick_params(left=False)
+    first = rows.iloc[0]
+    title = f"Kept from forward for backward: {first['batch']} images of {first['size']}×{first['size']}"
+    source = f"counted on a CPU, no timings; {first['dtype']}, torch {first['torch']}"
+    return _finish(figure, title, source, [axis])
+
+
 def _cells(rows: pd.DataFrame) -> pd.DataFrame:
     """With ``cell``, the row of a map that a plan is in, and the ``tile`` to write there."""
 
@@ -710,6 +745,9 @@ def draw(folder: Path) -> list[Path]:
     if (folder / "inspect.json").exists():
         facts = pd.DataFrame(json.loads((folder / "inspect.json").read_text(encoding="utf-8")))
         figures.append(("compile", partial(compile_facts, facts)))
+    if (folder / "kept.json").exists():
+        counted = pd.DataFrame(json.loads((folder / "kept.json").read_text(encoding="utf-8")))
+        figures.append(("kept", partial(kept, counted)))
     written = []
     for name, figure in figures:
         try:

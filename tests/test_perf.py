@@ -26,6 +26,7 @@ pytest.importorskip("matplotlib", reason="needs the perf extra")
 from perf import (
     ab,
     gate,
+    networks,
     plots,
     providers,
     pytest_visit,
@@ -39,10 +40,13 @@ from perf import (
 from perf.__main__ import main
 from perf.cases import NETWORKS, OPS, TRAIN, Case, select
 from perf.clocks import Call, DeviceClock
+from perf.commands import memory
+from perf.kept import kept_bytes
+from perf.networks import UNet
 from perf.providers import COPY, Provider, Unsupported
 from perf.runner import COLUMNS, Lab, Results, Row, measure
 from perf.runner import run_cases as run
-from triton_bn import launch
+from triton_bn import launch, route
 from triton_bn.plan import DEVICES, Device, Plan, candidates, heuristic
 from triton_bn.problem import Problem
 from triton_bn.tuning.results import Result, Timing
@@ -661,6 +665,30 @@ def test_pictures_are_drawn_from_the_data_by_one_command(
         data = path.read_bytes()
         assert data.startswith(b"\x89PNG")
         assert 10_000 < len(data) < 1 << 20
+
+
+def test_what_whole_networks_keep_is_counted_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(route, "on_gpu", lambda x: False)
+    monkeypatch.setitem(networks.NETWORKS, "U-Net", lambda: UNet(4, 2))
+    arguments = ["--batch", "1", "--size", "32", "--network", "U-Net", "--results", str(tmp_path)]
+    assert main(["memory", *arguments]) == 0
+    rows = json.loads((tmp_path / "kept.json").read_text())
+    share = {row["way"]: row["share"] for row in rows}
+    assert list(share) == list(memory.WAYS)
+    assert share["recompute"] < 0.7 < share["converted"] == 1
+    assert share["torch.utils.checkpoint"] < 1
+    assert "U-Net" in capsys.readouterr().out
+    assert [path.name for path in plots.draw(tmp_path)] == ["kept.png"]
+    assert {"recompute", "U-Net"} <= texts(plots.kept(plots.pd.DataFrame(rows)))
+    plots.plt.close("all")
+
+
+def test_bytes_kept_are_those_that_are_still_there() -> None:
+    kept = torch.randn(100).requires_grad_()
+    layers = nn.Sequential(nn.Flatten(0), nn.Sigmoid(), nn.Tanh())
+    assert kept_bytes(layers, kept)[0] == 400  # Sigmoid's output; Tanh's is the network's own
 
 
 def texts(figure: Any) -> set[str]:

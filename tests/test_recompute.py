@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from oracle import Path
+from packages import torchvision
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import triton_bn
+from perf.commands import memory
 from triton_bn import recompute, route, verbs
 from triton_bn.modules import _Fused
 from triton_bn.problem import ACTIVATIONS
@@ -667,12 +669,13 @@ class ResNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Hardswish(inplace=True))
+        self.conv, self.bn, self.act = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Hardswish(True)
         self.blocks = nn.Sequential(ResNet.Block(), ResNet.Block())
         self.head = nn.Linear(4, 2)
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        return self.head(self.blocks(self.stem(x)).mean((2, 3))) * scale  # type: ignore[no-any-return]
+        x = self.act(self.bn(self.conv(x)))
+        return self.head(self.blocks(x).mean((2, 3))) * scale  # type: ignore[no-any-return]
 
 
 def converted(model: nn.Module | None = None, **options: Any) -> nn.Module:
@@ -758,3 +761,40 @@ def test_a_converted_model_under_fsdp(computer: str, made: list[Any], group: Non
     grads = [p.grad.full_tensor() for p in model.parameters()]  # type: ignore[union-attr]
     assert same(grads, expected[: len(grads)])
     assert made
+
+
+@pytest.mark.models
+@pytest.mark.parametrize(
+    ("network", "most"),
+    [
+        ("MobileNetV2", 0.40), ("EfficientNet-B0", 0.48), ("DenseNet-121", 0.55),
+        ("ResNet-50", 0.75), ("U-Net", 0.65),
+    ],
+)  # fmt: skip
+def test_a_whole_model_keeps_less_with_the_same_gradients(
+    network: str, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(route, "on_gpu", lambda x: False)
+    torchvision()
+    rows = {row["way"]: row for row in memory.count(network, 2, 128)}
+    assert all(row["status"] == "counted" for row in rows.values())
+    assert rows["converted"]["share"] == 1
+    assert rows["recompute"]["share"] <= most
+
+
+@pytest.mark.models
+def test_which_outputs_of_resnet_50_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each stage's blocks the first is kept, whose residual nobody keeps, then every other."""
+    monkeypatch.setattr(route, "on_gpu", lambda x: False)
+    model = triton_bn.convert(torchvision().models.resnet50(num_classes=2))
+    blocks = [block for block in model.modules() if type(block).__name__ == "Bottleneck"]
+    outputs: list[StorageWeakRef] = []
+    for block in blocks:
+        block.register_forward_hook(
+            lambda m, args, y: outputs.append(StorageWeakRef(y.untyped_storage()))
+        )
+    with triton_bn.recompute():
+        loss = model(randn(2, 3, 64, 64)).sum()
+    kept = "".join(".x"[not output.expired()] for output in outputs)
+    assert kept == "x.x" + "x.x." + "x.x.x." + "x.x"
+    loss.backward()

@@ -40,7 +40,8 @@ def derived(bases: tuple[type, ...], body: dict[str, Any], recipe: tuple[Any, ..
     """
     cls = bases[-1]
     pickling = ("__reduce__", "__reduce_ex__")
-    if any(getattr(cls, name) is not getattr(object, name) for name in pickling):
+    own = any(getattr(cls, name) is not getattr(object, name) for name in pickling)
+    if own and not is_derived(cls):
         raise Refused("belongs to a class that pickles in a way of its own")
 
     def reduce(self: Any, protocol: Any) -> Any:

@@ -282,7 +282,7 @@ MEMBERS = 1 << 10
 #: channels each ("last"). Compiled for sm_90 with Triton 3.6 and 3.9; tests/test_compile.py holds it.
 REGISTERS = {
     ("forward", "one"): 64,
-    ("forward", "several"): 96,
+    ("forward", "several"): 104,
     ("forward", "last"): 80,
     ("backward", "one"): 56,
     ("backward", "several"): 112,

@@ -636,21 +636,32 @@ def read_again_in_a_loop(self: Any, x: Tensor) -> Tensor:
 
 
 def read_by_a_function(self: Any, x: Tensor) -> Tensor:
-    y = self.bn(self.conv(x))
     read = lambda: y * 2  # noqa: E731
-    y = F.relu(y)
-    return read()
+    y = self.bn(self.conv(x))
+    z = F.relu(y)
+    return z * read()
 
 
 def not_everywhere(self: Any, x: Tensor) -> Tensor:
     y = self.bn(self.conv(x))
-    return F.relu(y) if self.conv.stride == (2, 2) else y * 3
+    total = sum(p.sum() for p in self.parameters())
+    y = self.bn(self.conv(x))
+    return F.relu(y) if self.conv.stride == (2, 2) else x * total
+
+
+def read_in_the_next_round(self: Any, x: Tensor) -> Tensor:
+    y = z = x
+    for _ in range(2):
+        x = z + y
+        y = self.bn(self.conv(x))
+        z = F.relu(y)
+    return z
 
 
 def never_read(self: Any, x: Tensor) -> Tensor:
     y = self.bn(self.conv(x))
-    y = F.relu(self.conv(x))
-    return y * self.bn.weight.sum() * self.bn.bias.sum()
+    y = x * 2
+    return y * sum(p.sum() for p in self.parameters())
 
 
 def in_a_try(self: Any, x: Tensor) -> Tensor:
@@ -715,6 +726,7 @@ def by_value(self: Any, x: Tensor) -> Tensor:
         (read_again, NOT_ALONE),
         (read_again_in_a_loop, NOT_ALONE),
         (read_by_a_function, NOT_ALONE),
+        (read_in_the_next_round, NOT_ALONE),
         (not_everywhere, NOT_ALONE),
         (never_read, NOT_ALONE),
         (in_a_try, NOT_ALONE),

@@ -8,7 +8,7 @@ import pickle
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -249,10 +249,10 @@ SURGERIES = [
 
 def observe(model: Any, x: Tensor, backward: bool = True) -> list[Tensor]:
     x = x.clone().requires_grad_(backward)
+    model.zero_grad()
     y = model(x)
     if not backward:
         return [y.detach()]
-    model.zero_grad()
     (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)).sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     return [y.detach(), x.grad, *gradients, *model.buffers(), *getattr(model, "seen", [])]  # type: ignore[list-item]
@@ -335,6 +335,12 @@ def test_mkldnn_and_global_hooks() -> None:
     torch.testing.assert_close(*results)
 
 
+def test_a_forward_that_is_replaced_on_the_class_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = convert(network()), torch.randn(2, 4, 3, 2, dtype=torch.float64)
+    monkeypatch.setattr(Block, "forward", lambda self, x: x * 3)
+    assert_same([model(x)], [network()(x)])
+
+
 class Outer(nn.Module):
     """b behind a sequence, taken by an activation and again."""
 
@@ -374,24 +380,37 @@ def test_an_activation_with_an_option_that_is_not_named_is_not_fused(
     assert fuse.activation_of(nn.Softplus(beta)) is None
 
 
-def test_fully_sharded_modules_revert_from_under_its_classes() -> None:
-    model: Any = convert(network())
-    classes = [type(m) for m in model.modules()]
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """A group of this process alone."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.device_mesh.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
 
-    class Sharded:
-        """As FSDP2 does it: a class of its own over the module's."""
 
-    for module in (model[1], model):
-        cls = type(module)
-        module.__class__ = type(f"FSDP{cls.__name__}", (Sharded, cls), {})
+def test_fully_sharded_modules_revert_from_under_its_classes(mesh: Any) -> None:
+    """FSDP2 puts a class of its own over a module's."""
+    from torch.distributed.fsdp import fully_shard
+
+    def sharded(model: Any) -> Any:
+        for module in (model[0], model[1], model):
+            fully_shard(module, mesh=mesh)
+        return model
+
+    def seen(model: Any) -> list[Tensor]:
+        return [t.full_tensor() if hasattr(t, "full_tensor") else t for t in observe(model, x)]
+
     x = torch.randn(2, 4, 3, 2, dtype=torch.float64)
-    assert_same(observe(model, x), observe(network(), x))
-    convert(model)
+    stock, model = sharded(network()), sharded(convert(network()))
+    expected = seen(stock)
+    assert_same(seen(model), expected)
     revert(model)
-    assert type(model[1]).__mro__[1:3] == (Sharded, Block)
-    assert type(model).__mro__[1:3] == (Sharded, nn.Sequential)
-    assert classes[0] not in type(model).__mro__
-    assert_same(observe(model, x), observe(network(), x))
+    assert [type(m).__mro__[1:] for m in model.modules()] == [
+        type(m).__mro__[1:] for m in stock.modules()
+    ]
+    assert_same(seen(model), expected)
+    assert_same(seen(convert(model)), expected)
 
 
 def test_threads_do_not_notice_a_conversion() -> None:

@@ -28,6 +28,7 @@ COMMANDS = {
     "ab": Command("A/B comparisons of plans, and how long programs wait for one another", gpu=True),
     "visit": Command("all of it on a GPU that is there for ten minutes", gpu=True),
     "memory": Command("what whole networks keep for backward, counted on a CPU"),
+    "cpu": Command("converted models beside stock ones on CPU tensors"),
     "plots": Command("draw all folders of results"),
     "summary": Command("the targets beside what was measured"),
 }

@@ -40,7 +40,7 @@ from perf import (
 from perf.__main__ import main
 from perf.cases import NETWORKS, OPS, TRAIN, Case, select
 from perf.clocks import Call, DeviceClock
-from perf.commands import memory
+from perf.commands import cpu, memory
 from perf.kept import kept_bytes
 from perf.networks import UNet
 from perf.providers import COPY, Provider, Unsupported
@@ -378,6 +378,20 @@ def test_memory_counts_what_is_kept_for_backward() -> None:
 
 def squares(layer: Any, case: Case, x: Tensor) -> providers.Norm:
     return providers.followed(lambda x: layer(x) + 0 * (x * x), case)
+
+
+def test_cpu_prints_ratios_of_what_agrees_to_the_last_bit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(route, "on_gpu", lambda x: False)
+    monkeypatch.setattr(cpu, "INTERPRETED", False)
+    monkeypatch.setattr(cpu, "SHAPES", ((2, 3, 4, 4),))
+    assert main(["cpu", "--rounds", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 24 + 1
+    assert all(float(ratio) > 0 for line in lines[2:-1] for ratio in line.split()[-2:])
+    monkeypatch.setattr(cpu, "INTERPRETED", True)
+    assert main(["cpu"]) == 2
 
 
 def test_memory_that_is_kept_twice_counts_once() -> None:

@@ -241,8 +241,10 @@ def _fuses(input: Tensor, residual: Tensor | None) -> bool:
             f"Expected all tensors to be on the same device, but residual is on {residual.device}, "
             f"different from the input on {input.device}"
         )
-    torch.broadcast_shapes(input.shape, residual.shape)
-    return residual.shape == input.shape and residual.dtype == input.dtype
+    if residual.shape != input.shape:
+        torch.broadcast_shapes(input.shape, residual.shape)
+        return False
+    return residual.dtype == input.dtype
 
 
 def _empty(

@@ -14,7 +14,7 @@ FLOORS = {
     1: ["kernels", "reference", "oracle", "plan", "recompute", "conversion.replace"],
     2: ["launch", "commands.arguments", "tuning.memory", "tuning.results", "conversion.freeze"],
     3: ["tuning.trial", "inspection.report", "route"],
-    4: ["tuning.ahead"],
+    4: ["tuning.ahead", "masked"],
     5: ["tuning.search"],
     6: ["tuning.resolve"],
     7: ["tuning.tune", "verbs"],

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from triton_bn import autograd, operators, reference
+from triton_bn import autograd, masked, operators, reference
 from triton_bn.problem import Activation, check, require_tensor
 from triton_bn.recompute import owned_copy, recording
 from triton_bn.route import route
@@ -30,6 +30,7 @@ def batch_norm(
     *,
     residual: Tensor | None = None,
     activation: str | Activation | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """``activation(F.batch_norm(input, ...) + residual)``, fused.
 
@@ -45,6 +46,8 @@ def batch_norm(
         eps: added to the variance.
         residual: added before the activation, as PyTorch's ``+`` would add it.
         activation: a name or an :class:`triton_bn.Activation`, which lists them.
+        mask: (N, *), bool: which values take part. The others enter no statistic and get no gradient, whatever
+            they hold, and the result is 0 there: see :class:`triton_bn.BatchNorm1d`.
 
     Returns:
         A tensor of the input's shape, dtype and memory format.
@@ -67,7 +70,7 @@ def batch_norm(
         raise TypeError("batch_norm(): argument 'momentum' must be float, not None")
     return _batch_norm(
         input, running_mean, running_var, None, weight, bias, training, momentum, eps,
-        residual, Activation.of(activation),
+        residual, Activation.of(activation), mask=mask,
     )  # fmt: skip
 
 
@@ -84,11 +87,26 @@ def _batch_norm(
     residual: Tensor | None,
     activation: Activation | None,
     ranks: Ranks | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """:func:`batch_norm` for the layers: with their counter, and ``momentum=None`` for the cumulative average.
 
     With ``ranks``, input is this process's part of a training batch, and the caller is in ``ranks.together()``.
     """
+    if mask is not None:
+        if ranks is not None:
+            raise NotImplementedError("SyncBatchNorm over several processes takes no mask")
+        momentum = None if momentum is None else _number("momentum", momentum)
+        eps = _number("eps", eps)
+        check(input, running_mean, running_var, weight, bias, training, eps)
+        masked.check(mask, input, training)
+        if residual is not None:
+            _fuses(input, residual)
+        if input.numel() > 0:
+            return masked.batch_norm(
+                input, mask, weight, bias, residual, running_mean, running_var,
+                num_batches_tracked, training, momentum, eps, activation,
+            )  # fmt: skip
     who = route(
         input, weight, bias, running_mean, running_var, residual,
         batch_statistics=training, shared=ranks is not None,

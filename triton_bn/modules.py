@@ -53,30 +53,41 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None
+    ) -> Tensor:
         """``activation(bn(input) + residual)``.
 
         Args:
             input: (N, C, *).
             residual: added before the activation, as PyTorch's ``+`` would add it.
+            mask: (N, *), bool, with any strides: which values take part. Statistics, gradients and
+                running statistics are those of batch norm over these alone; where it is False the result is 0.
 
         Returns:
             A tensor of the input's shape, dtype and memory format.
+
+        Raises:
+            RuntimeError: a mask of another shape, dtype or device. Nothing has been changed then.
         """
         given: Any = input
         if isinstance(given, Proxy):
-            return recorded(self, given, residual)
-        return self._fused(input, residual, self.activation)
+            return recorded(self, given, residual, mask=mask)
+        return self._fused(input, residual, self.activation, mask)
 
     def _fused(
-        self, input: Tensor, residual: Tensor | None, activation: Activation | None
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: Activation | None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """``activation(bn(input) + residual)``, whatever activation the layer was built with.
 
         For callers that fuse what follows a layer (:mod:`triton_bn.conversion.fuse`).
         """
         self._check_input_dim(input)
-        return self._run(input, residual, activation)
+        return self._run(input, residual, activation, mask=mask)
 
     def _run(
         self,
@@ -84,6 +95,7 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         residual: Tensor | None,
         activation: Activation | None,
         ranks: Ranks | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         training = self.training or (self.running_mean is None and self.running_var is None)
         track = self.training and self.track_running_stats
@@ -101,6 +113,7 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             residual,
             activation,
             ranks,
+            mask,
         )
 
     def plan(
@@ -217,6 +230,25 @@ class BatchNorm1d(_Fused, nn.BatchNorm1d):
         torch.Size([20, 100])
         >>> bn(torch.randn(20, 100, 35)).shape
         torch.Size([20, 100, 35])
+
+        Sequences of different lengths, padded: the padding enters no statistic, gets no gradient, and stays 0,
+
+        >>> lengths = torch.randint(1, 36, (20,))
+        >>> mask = torch.arange(35) < lengths[:, None]  # (N, L), True where there is something
+        >>> y = bn(torch.randn(20, 100, 35), mask=mask)
+        >>> bool(y.transpose(1, 2)[~mask].any())
+        False
+
+        as if the values that are there had been gathered in one (values, channels):
+
+        >>> bn = triton_bn.BatchNorm1d(100)
+        >>> x = torch.randn(20, 100, 35)
+        >>> y, gathered = bn(x, mask=mask), bn(x.transpose(1, 2)[mask])
+        >>> torch.allclose(y.transpose(1, 2)[mask], gathered, atol=1e-5)
+        True
+
+        Where nothing takes part the running statistics stay, and y is 0. One value has no variance: an error on
+        a CPU; on a GPU, which is not asked, the variance is 0, and the running variance stays.
     """
 
 
@@ -376,18 +408,22 @@ class SyncBatchNorm(_Fused):
             raise ValueError("SyncBatchNorm number of input channels should be non-zero")
 
     def _fused(
-        self, input: Tensor, residual: Tensor | None, activation: Activation | None
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: Activation | None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         group = group_of(self.process_group) if self.training else None
         if group is None:
-            return super()._fused(input, residual, activation)
+            return super()._fused(input, residual, activation, mask)
         own = (self.weight, self.bias, self.running_mean, input)
         device = next(tensor.device for tensor in own if tensor is not None)
         ranks = Ranks(group, self.num_features, device, self._agreed is not group)
         try:
             with ranks.together():
                 self._check_input_dim(input)
-                y = self._run(input, residual, activation, ranks)
+                y = self._run(input, residual, activation, ranks, mask)
             ranks.ask = False  # an operator asks by ranks of its own
         finally:
             # As soon as the ranks agree, whatever this one raises then: they must all know the same.

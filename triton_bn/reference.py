@@ -132,8 +132,6 @@ def merge(
     count = counts.sum()
     centre = (counts * mean).sum(0) / count.clamp_min(1)
     m2 = (m2 + counts * (mean - centre).square()).sum(0)
-    if count == 0:
-        running_mean = running_var = None
     update_running(centre, m2, count, running_mean, running_var, num_batches_tracked, momentum)
     return torch.stack([centre, m2 / count.clamp_min(1), count.expand_as(m2)])
 
@@ -143,7 +141,9 @@ def inverse_std(variance: Tensor, eps: float) -> Tensor:
     equal, and 0 * inf would be NaN."""
     v = variance + eps
     root = min(eps**-0.5, torch.finfo(v.dtype).max) if eps > 0 else math.inf
-    return torch.where(v == 0, root, v.rsqrt())
+    return torch.where(
+        v == 0, root, torch.where(v == 0, 1, v).rsqrt()
+    )  # whose slope at 0 is infinite
 
 
 def update_running(
@@ -157,6 +157,8 @@ def update_running(
 ) -> None:
     """Advances the running statistics in place by a batch of ``count`` values a channel.
 
+    A tensor's count may be 0, which leaves both as they are, or 1, which has no unbiased variance.
+
     ``running = (1 - f) * running + f * batch`` with the unbiased variance, where ``f`` is the momentum
     or, for ``momentum=None``, 1 / num_batches_tracked, taken where that counter lives.
     """
@@ -168,12 +170,13 @@ def update_running(
     if momentum is not None:
         factor = momentum
     elif num_batches_tracked is not None:
-        factor = 1.0 / num_batches_tracked.to(mean.dtype)
+        factor = 1.0 / num_batches_tracked.to(mean.device, mean.dtype)
     else:
         factor = 0.0
-    for running, batch in ((running_mean, mean), (running_var, m2 / (count - 1))):
+    for least, running, batch in ((1, running_mean, mean), (2, running_var, m2 / (count - 1))):
         old = running.to(mean.dtype)
-        running.copy_((1 - factor) * old + factor * batch.reshape(old.shape))
+        new = (1 - factor) * old + factor * batch.reshape(old.shape)
+        running.copy_(new if isinstance(count, int) else torch.where(count >= least, new, old))
 
 
 def _preactivation(

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-__all__ = ["INTERPRETED", "TRITON", "kernels", "on_gpu", "route", "transformed"]
+__all__ = ["INTERPRETED", "TRITON", "kernels", "on_gpu", "readable", "route", "transformed"]
 
 #: Whether Triton is installed. It is there for Linux, and for Windows as the package triton-windows.
 TRITON = find_spec("triton") is not None
@@ -75,6 +75,18 @@ _WITHOUT_DATA = _PLAIN | {FakeTensor, FunctionalTensor}
 def on_gpu(x: Tensor) -> bool:
     """Whether the kernels can take a tensor: on a GPU, or on the CPU under TRITON_INTERPRET=1."""
     return (x.is_cuda and TRITON) or (INTERPRETED and x.device.type == "cpu")
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of a tensor can be looked at, without waiting for a device."""
+    return (
+        x.device.type == "cpu"
+        and type(x) in _PLAIN
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and not transformed()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 @cache

@@ -67,11 +67,12 @@ class Behind(nn.Module):
         return output
 
 
-def recorded(layer: nn.Module, *inputs: Any) -> Any:
+def recorded(layer: nn.Module, *inputs: Any, **options: Any) -> Any:
     """A call under torch.fx: as one of PyTorch's own layers, which it does not look into."""
     tracer: Any = inputs[0].tracer
     given = tuple(one for one in inputs if one is not None)
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), given, {})
+    named = {name: one for name, one in options.items() if one is not None}
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), given, named)
 
 
 class Frozen:

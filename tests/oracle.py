@@ -89,9 +89,9 @@ def path(
         plan = plans[(path.plan or 0) % len(plans)]
         return replace(plan, window=2, programs=3) if plan.driver == "streamed" else plan
 
-    def run(kernel: Any, *arguments: Any) -> None:
-        path.launches.append(kernel.__name__)
-        usual(kernel, *arguments)
+    def run(wanted: launch.Launch, *arguments: Any) -> None:
+        path.launches.append(wanted.kernel.__name__)
+        usual(wanted, *arguments)
 
     usual = launch.run
     monkeypatch.setattr(launch, "run", run)

@@ -29,7 +29,9 @@ launched, kernels, slow = [], [], []
 
 class Driver:
     class utils:
-        load_binary = staticmethod(lambda *a: (None, 2, 64, 0, 1024))
+        # A module that is None would be loaded again at every launch.
+        load_binary = staticmethod(lambda *a: (1, 2, 64, 0, 1024))
+        unload_module = staticmethod(lambda module: None)
         get_device_properties = staticmethod(lambda d: {"max_shared_mem": 232448, "multiprocessor_count": 132})
 
     def launcher_cls(self, source, metadata):
@@ -98,19 +100,25 @@ print("done")
 
 #: Each call differs from the one before it in one thing that decides which kernel is right.
 KEY = """
+import contextlib
 from triton_bn import launch
 
 seen = []
 triton.knobs.runtime.jit_cache_hook = lambda **given: seen.append(given["compile"]) and None
 
 
-def call(what, shape=(8, 5, 3, 3), dtype=torch.float16, shift=0, weight=0, activation=None):
+def call(
+    what, shape=(8, 5, 3, 3), dtype=torch.float16, shift=0, weight=0, mean=0, needs=True, activation=None, driver=None
+):
     memory = torch.randn(8 * 5 * 9 + 8).to(dtype)
     x = memory[shift : shift + 8 * 5 * 9].view(shape).requires_grad_()
     layer = triton_bn.BatchNorm2d(shape[1], activation=activation)
     layer.weight = torch.nn.Parameter(torch.ones(shape[1] + 4)[weight : weight + shape[1]])
+    layer.weight.requires_grad_(needs)
+    layer.running_mean = torch.ones(shape[1] + 4)[mean : mean + shape[1]]
     kernels.clear()
-    layer(x).backward(torch.ones_like(x))
+    with triton_bn.use(driver) if driver else contextlib.nullcontext():
+        layer(x).backward(torch.ones_like(x))
     return what, list(kernels)
 
 
@@ -123,13 +131,20 @@ CALLS = [
     dict(what="dtype", dtype=torch.bfloat16),
     dict(what="alignment of the input, of which no constant tells", shift=1),
     dict(what="alignment of the weight", weight=1),
+    dict(what="alignment of a running statistic", mean=1),
+    dict(what="a gradient that is not needed", needs=False),
     dict(what="sizes", shape=(4, 10, 3, 3)),
+    dict(what="driver", driver="split"),
+    dict(what="alignment of the input, split", driver="split", shift=1),
+    dict(what="alignment of a running statistic, split", driver="split", mean=1),
+    dict(what="a gradient that is not needed, split", driver="split", needs=False),
 ]
 found = [call(**each) for each in CALLS]
 again = [call(**each) for each in CALLS]
 right = []
 for each in CALLS:  # as Triton looks them up
-    launch._launchers.clear()
+    for prepared in (launch._forward_launches, launch._normalize_launch, launch._backward_launches):
+        prepared.cache_clear()
     right.append(call(**each))
 for a, b, c in zip(found, again, right):
     assert a == b == c, f"{c[0]}: launched {a[1]} and {b[1]}, right is {c[1]}"
@@ -177,14 +192,14 @@ def test_a_launch_belongs_to_its_device(monkeypatch: pytest.MonkeyPatch) -> None
             return lambda *_: {(1, 1, 1): lambda *_: self.launched.append(launcher)}
 
     monkeypatch.setattr(launch, "interpreting", lambda: False)
-    monkeypatch.setattr(launch, "_launchers", {})
     kernel = Kernel()
+    wanted = launch.Launch(kernel, 1, (), {})
     on = [
         SimpleNamespace(device=torch.device("cpu", i), dtype=torch.half, data_ptr=lambda: 0)
         for i in range(2)
     ]
     for tensor in [on[0], on[1], on[0], on[1], on[0]]:
-        launch.run(kernel, 1, (tensor,), {})
+        launch.run(wanted, (tensor,), (tensor,))  # type: ignore[arg-type]
     first, second, third = kernel.launched
     assert first is third
     assert first is not second

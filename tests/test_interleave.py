@@ -157,5 +157,5 @@ def count_kernel(p_count):
 
 def test_an_update_that_is_no_atomic_is_a_race() -> None:
     with interleaved() as log:
-        launch.run(count_kernel, 3, (torch.zeros(1, dtype=torch.int32),), {})
+        launch.run(launch.Launch(count_kernel, 3, (), {}), (), (torch.zeros(1, dtype=torch.int32),))
     assert log.races

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import direct
 import memory
 import oracle
@@ -23,23 +25,27 @@ def copy_kernel(p_x, p_y, first, SIZE: tl.constexpr, HOLES: tl.constexpr):
     tl.store(p_y + lane, value)
 
 
+def run(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    launch.run(launch.Launch(kernel, 1, (), constants), (), arguments)
+
+
 @pytest.mark.parametrize("first", [-1, 1])
 def test_an_access_outside_of_all_tensors_raises(first: int) -> None:
     x = torch.zeros(8)
     with pytest.raises(memory.Stray, match="outside of all tensors"):
-        launch.run(copy_kernel, 1, (x, torch.zeros(16), first), {"SIZE": 8, "HOLES": False})
+        run(copy_kernel, (x, torch.zeros(16), first), {"SIZE": 8, "HOLES": False})
 
 
 def test_an_access_across_two_tensors_raises() -> None:
     both = torch.zeros(16)
     with pytest.raises(memory.Stray):
-        launch.run(copy_kernel, 1, (both[:8], both[8:], 4), {"SIZE": 8, "HOLES": False})
+        run(copy_kernel, (both[:8], both[8:], 4), {"SIZE": 8, "HOLES": False})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_a_load_masks_off_is_nan(dtype: torch.dtype) -> None:
     x, y = torch.ones(8, dtype=dtype), torch.empty(8, dtype=dtype)
-    launch.run(copy_kernel, 1, (x, y, 0), {"SIZE": 8, "HOLES": True})
+    run(copy_kernel, (x, y, 0), {"SIZE": 8, "HOLES": True})
     assert y[::2].eq(1).all()
     assert y[1::2].isnan().all()
 

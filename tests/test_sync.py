@@ -784,7 +784,7 @@ def test_its_kernels_compile_for_gpus() -> None:
             tracked = torch.empty((), dtype=torch.int64, device="meta")
             with report._capture(target) as launches:
                 compile = launch.run
-                launch.run = lambda kernel, *rest: kernel.__name__ in OURS and compile(kernel, *rest)
+                launch.run = lambda one, *rest: one.kernel.__name__ in OURS and compile(one, *rest)
                 row = launch.row(problem, plan, x, 1)
                 rows = row.new_empty(8, row.numel())
                 for momentum in (0.1, None):

@@ -190,6 +190,6 @@ def half_read_twice(p_x, COUNT: tl.constexpr):
 def test_the_meter_counts_every_value_once_and_none_that_is_masked_off() -> None:
     """A kernel that reads a row twice, with half of its lanes masked."""
     with metered() as launches:
-        launch.run(half_read_twice, 1, (torch.arange(16.0),), {"COUNT": 8})
+        launch.run(launch.Launch(half_read_twice, 1, (), {"COUNT": 8}), (), (torch.arange(16.0),))
     assert launches[0].loads == {"x": Bytes(32, 16)}
     assert launches[0].stores == {}

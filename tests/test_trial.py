@@ -75,8 +75,12 @@ def broken(
     """``change(kernel, programs, launch)`` launches in its own way: ``launch(programs)``."""
     run = launch.run
 
-    def launched(kernel: Any, programs: int, arguments: Any, constants: Any) -> None:
-        change(kernel.__name__, programs, lambda n: run(kernel, n, arguments, constants))
+    def launched(usual: launch.Launch, *arguments: Any) -> None:
+        def of(programs: int) -> None:
+            kernel, statics, constants = usual.kernel, usual.statics, usual.constants
+            run(launch.Launch(kernel, programs, statics, constants), *arguments)
+
+        change(usual.kernel.__name__, usual.programs, of)
 
     monkeypatch.setattr(launch, "run", launched)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import oracle
 import pytest
@@ -25,9 +26,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     run = launch.run
 
-    def noting(kernel: object, *arguments: object) -> None:
-        names.append(kernel.__name__.removesuffix("_kernel"))  # type: ignore[attr-defined]
-        run(kernel, *arguments)
+    def noting(wanted: launch.Launch, *arguments: Any) -> None:
+        names.append(wanted.kernel.__name__.removesuffix("_kernel"))
+        run(wanted, *arguments)
 
     monkeypatch.setattr(launch, "run", noting)
     return names

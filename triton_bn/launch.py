@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,54 +38,71 @@ from triton_bn.problem import Problem, aligned_like
 __all__ = ["backward", "forward", "merge", "normalize", "row"]
 
 
-_launchers: dict[tuple[Any, ...], Any] = {}
+class Launch:
+    """A kernel with all that does not change from one call to the next.
+
+    Made once for a problem and a plan: their sizes and strides are ``statics``, the kernel's last run-time
+    arguments, and ``constants`` what it is compiled for.
+    """
+
+    __slots__ = ("compiled", "constants", "kernel", "programs", "room", "statics")
+
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        statics: tuple[Any, ...],
+        constants: dict[str, Any],
+        room: tuple[int, ...] = (),
+    ) -> None:
+        self.kernel, self.programs = kernel, programs
+        self.statics, self.constants = statics, constants
+        #: The shape of the partials that it leaves.
+        self.room = room
+        #: By what may differ all the same (:func:`run`): the compiled kernel, and its arguments from statics on.
+        self.compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
 
 #: Triton's interpreter keeps its grid, and what it has patched, for the whole process.
 _interpreter = threading.Lock()
 
 
-def run(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    """The one place where kernels are launched, on the device of the first argument.
+def run(wanted: Launch, given: tuple[Tensor | None, ...], arguments: tuple[Any, ...]) -> None:
+    """The one place where kernels are launched, on the device of the first tensor.
 
-    Triton works out at every call what the arguments let it specialise on. What decides that is
-    a key here, so that from the second call on the compiled kernel is found by one look-up.
+    Triton works out at every call what the arguments let it specialize on. Here the compiled kernel is
+    found by one look-up from the second call on.
+
+    Args:
+        given: the tensors among the arguments that come from a caller: of those dtype, alignment and absence
+            decide which kernel is right. Those of the others, allocated here, follow from the problem.
+        arguments: all that stand before ``wanted.statics``.
     """
     if interpreting():
         with _interpreter:
-            kernel[(programs,)](*arguments, **constants)
+            wanted.kernel[(wanted.programs,)](*arguments, *wanted.statics, **wanted.constants)
         return
     device = arguments[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            run(kernel, programs, arguments, constants)
+            run(wanted, given, arguments)
         return
-    key = (id(kernel), programs, device.index, *constants.values(), *_pattern(arguments))
-    found = _launchers.get(key)
+    key: list[Any] = [device.index]
+    for tensor in given:
+        if tensor is None:
+            key.append(None)
+        else:
+            key.append(tensor.dtype)
+            key.append(tensor.data_ptr() & 15)
+    found = wanted.compiled.get(tuple(key))
     if found is None:
-        compiled = kernel[(programs,)](*arguments, **constants)
-        if len(_launchers) >= 4096:
-            _launchers.clear()
-        _launchers[key] = compiled[(programs, 1, 1)], kernel.arg_names[len(arguments) :]
+        kernel, all_arguments = wanted.kernel, (*arguments, *wanted.statics)
+        compiled = kernel[(wanted.programs,)](*all_arguments, **wanted.constants)
+        last = [wanted.constants[name] for name in kernel.arg_names[len(all_arguments) :]]
+        wanted.compiled[tuple(key)] = compiled[(wanted.programs, 1, 1)], (*wanted.statics, *last)
         return
-    launcher, names = found
-    launcher(*arguments, *[constants[name] for name in names])
-
-
-def _pattern(arguments: tuple[Any, ...]) -> list[Any]:
-    """What a compiled kernel depends on: dtypes and alignment of tensors, integers, what is absent.
-
-    At every call: hence the exact types (a float decides nothing, so it is left out).
-    """
-    pattern: list[Any] = []
-    for argument in arguments:
-        for part in argument if type(argument) is tuple else (argument,):
-            kind = type(part)
-            if kind is int or part is None:
-                pattern.append(part)
-            elif kind is not float:
-                pattern.append(part.dtype)
-                pattern.append(part.data_ptr() & 15)
-    return pattern
+    start, rest = found
+    start(*arguments, *rest)
 
 
 def _pair(value: float) -> tuple[float, float]:
@@ -133,9 +150,7 @@ def _constants(problem: Problem, tile: Tile, **others: Any) -> Constants:
     )
 
 
-@lru_cache(maxsize=4096)
-def _resident(problem: Problem, plan: Plan) -> tuple[int, dict[str, Any]]:
-    """Programs and constants of a resident launch."""
+def _resident(problem: Problem, plan: Plan, kernel: Any, **options: Any) -> Launch:
     tile = plan.transform
     constants = _constants(
         problem,
@@ -147,12 +162,15 @@ def _resident(problem: Problem, plan: Plan) -> tuple[int, dict[str, Any]]:
         INNER=problem.inner,
         WHOLE=problem.outer // tile.rows,
     )
-    return -(-problem.channels // plan.channels), _options(constants, tile)
+    programs = -(-problem.channels // plan.channels)
+    statics = (problem.sizes, problem.strides)
+    return Launch(kernel, programs, statics, _options(constants, tile, **options))
 
 
-@lru_cache(maxsize=4096)
-def _tiled(problem: Problem, tile: Tile, partial: Tile | None) -> tuple[int, int, dict[str, Any]]:
-    """Programs, rows a split and constants of a launch that merges the partials of another tile."""
+def _tiled(
+    problem: Problem, tile: Tile, partial: Tile | None, **options: Any
+) -> tuple[int, dict[str, Any]]:
+    """Programs and constants of a launch over tiles that merges the partials of another tile."""
     group = power_of_two(tile_channels(tile.columns, problem.inner))
     others = {"G": group, "MASKED": problem.row % tile.columns != 0}
     if partial is not None:
@@ -163,23 +181,32 @@ def _tiled(problem: Problem, tile: Tile, partial: Tile | None) -> tuple[int, int
         others["Q"] = min(enough, max(128 * tile.warps // group, 1))
         others["K_PARTIAL"] = partial.columns
     programs = -(-problem.row // tile.columns) * tile.splits
-    return (
-        programs,
-        _geometry(problem, tile)[0],
-        _options(_constants(problem, tile, **others), tile),
-    )
+    return programs, _options(_constants(problem, tile, **others), tile, **options)
 
 
-def _streamed(
-    problem: Problem, plan: Plan, x: Tensor
-) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
-    """Programs, (counters, partials, geometry) and constants of a streamed launch."""
-    items, _, constants = _tiled(problem, plan.transform, plan.transform)
-    windows = -(-items // plan.transform.splits // plan.window)
-    # A fresh memset a call: in a captured graph it is replayed with the launch, and nothing is left to reset.
-    counters = torch.zeros(1 + windows, dtype=torch.int32, device=x.device)
-    partials, geometry = _partials(problem, plan.transform, x)
-    return min(plan.programs, items), (counters, partials, geometry), constants
+def _reducing(problem: Problem, tile: Tile, kernel: Any) -> Launch:
+    """The first launch of split: it leaves partials."""
+    programs, constants = _tiled(problem, tile, None)
+    geometry = _geometry(problem, tile)
+    statics = (problem.sizes, problem.strides, geometry)
+    return Launch(kernel, programs, statics, constants, _room(problem, geometry))
+
+
+def _streamed(problem: Problem, plan: Plan, kernel: Any, **options: Any) -> Launch:
+    items, constants = _tiled(problem, plan.transform, plan.transform, **options)
+    geometry = _geometry(problem, plan.transform)
+    statics = (problem.sizes, problem.strides, plan.window, geometry)
+    room = _room(problem, geometry)
+    return Launch(kernel, min(plan.programs, items), statics, constants, room)
+
+
+def _counters(problem: Problem, plan: Plan, x: Tensor) -> Tensor:
+    """What the programs of a streamed launch wait by, zero.
+
+    A fresh memset a call: in a captured graph it is replayed with the launch, and nothing is left to reset.
+    """
+    windows = -(-problem.row // plan.transform.columns // plan.window)
+    return torch.zeros(1 + windows, dtype=torch.int32, device=x.device)
 
 
 def _geometry(problem: Problem, tile: Tile) -> tuple[int, int, int]:
@@ -189,24 +216,33 @@ def _geometry(problem: Problem, tile: Tile) -> tuple[int, int, int]:
     return rows, tile.splits, channel_blocks(tile.columns, problem.inner)
 
 
-def _options(constants: Constants, tile: Tile) -> dict[str, Any]:
-    return {"T": constants, "num_warps": tile.warps, "enable_fp_fusion": True}
+def _room(problem: Problem, geometry: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The shape of the partials that a launch of this geometry leaves."""
+    return 2, geometry[1] * geometry[2], problem.channels
 
 
-def _partials(problem: Problem, tile: Tile, x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """Room for what the programs of a first launch find, and its geometry."""
-    geometry = _geometry(problem, tile)
-    shape = (2, geometry[1] * geometry[2], problem.channels)
-    return x.new_empty(shape, dtype=accumulator(problem)), geometry
+def _options(constants: Constants, tile: Tile, **options: Any) -> dict[str, Any]:
+    return {"T": constants, "num_warps": tile.warps, "enable_fp_fusion": True, **options}
 
 
 def _outputs(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     y = torch.empty_like(x)
-    stats = x.new_empty((2, problem.channels), dtype=accumulator(problem))
+    stats = x.new_empty(2, problem.channels, dtype=accumulator(problem))
     packed = None
     if problem.bits:
-        packed = x.new_empty((problem.outer, -(-problem.row // 8)), dtype=torch.uint8)
+        packed = x.new_empty(problem.outer, -(-problem.row // 8), dtype=torch.uint8)
     return y, stats, packed
+
+
+@lru_cache(maxsize=4096)
+def _forward_launches(problem: Problem, plan: Plan) -> tuple[Launch, Launch | None]:
+    """What a plan launches in training: the second is split's."""
+    if plan.driver == "resident":
+        return _resident(problem, plan, forward_kernel), None
+    if plan.driver == "streamed":
+        return _streamed(problem, plan, forward_streamed_kernel), None
+    assert plan.reduce is not None
+    return _reducing(problem, plan.reduce, moments_kernel), _normalizing(problem, plan, plan.reduce)
 
 
 def forward(
@@ -226,69 +262,29 @@ def forward(
     y, stats, packed = _outputs(problem, x)
     if residual is not None:
         residual = aligned_like(residual, y)
+    first, second = _forward_launches(problem, plan)
+    given = (x, residual, weight, bias, running_mean, running_var, num_batches_tracked)
+    affine, running = (weight, bias), (running_mean, running_var, num_batches_tracked)
     factor = _pair(0.0 if momentum is None else momentum)
-    running = (running_mean, running_var, num_batches_tracked)
     if plan.driver == "resident":
-        programs, constants = _resident(problem, plan)
         run(
-            forward_kernel,
-            programs,
-            (
-                x, y, residual, packed, (weight, bias), stats, running, factor, _regularizer(eps),
-                problem.sizes, problem.strides,
-            ),
-            constants,
-        )  # fmt: skip
+            first,
+            given,
+            (x, y, residual, packed, affine, stats, running, factor, _regularizer(eps)),
+        )
         return y, stats, packed
-    if plan.driver == "streamed":
-        programs, (counters, partials, geometry), constants = _streamed(problem, plan, x)
-        run(
-            forward_streamed_kernel,
-            programs,
-            (
-                x, y, residual, packed, (weight, bias), stats, partials, running, factor, _regularizer(eps),
-                counters, problem.sizes, problem.strides, plan.window, geometry,
-            ),
-            constants,
-        )  # fmt: skip
+    partials = x.new_empty(*first.room, dtype=accumulator(problem))
+    arguments = (
+        x, y, residual, packed, affine, stats, partials, running, factor, _regularizer(eps),
+    )  # fmt: skip
+    if second is None:
+        run(first, given, (*arguments, _counters(problem, plan, x)))
         return y, stats, packed
-    assert plan.reduce is not None
-    partials, geometry = _moments(problem, plan.reduce, x, num_batches_tracked)
-    _normalize(
-        problem,
-        plan,
-        x,
-        y,
-        residual,
-        packed,
-        weight,
-        bias,
-        stats,
-        partials,
-        running,
-        factor,
-        eps,
-        geometry,
-    )
+    run(first, (x, num_batches_tracked), (x, partials, num_batches_tracked))
+    run(second, given, arguments)
     return y, stats, packed
 
 
-def _moments(
-    problem: Problem, tile: Tile, x: Tensor, num_batches_tracked: Tensor | None
-) -> tuple[Tensor, tuple[int, int, int]]:
-    """Partial moments and their geometry."""
-    partials, geometry = _partials(problem, tile, x)
-    programs, _, constants = _tiled(problem, tile, None)
-    run(
-        moments_kernel,
-        programs,
-        (x, partials, num_batches_tracked, problem.sizes, problem.strides, geometry),
-        constants,
-    )
-    return partials, geometry
-
-
-@lru_cache(maxsize=4096)
 def _vectors(
     channels: int, tile: Tile | None, splits: int, acc: str, wide: bool = False
 ) -> tuple[int, dict[str, Any]]:
@@ -301,18 +297,29 @@ def _vectors(
     return -(-channels // 8), {"T": constants, "num_warps": 4, "enable_fp_fusion": True}
 
 
+@lru_cache(maxsize=4096)
+def _row_launches(problem: Problem, tile: Tile) -> tuple[Launch, Launch]:
+    first = _reducing(problem, tile, moments_kernel)
+    programs, constants = _vectors(problem.channels, tile, first.room[1], "fp64", problem.wide)
+    return first, Launch(row_kernel, programs, first.statics, constants)
+
+
 def row(problem: Problem, plan: Plan, x: Tensor, tag: int) -> Tensor:
-    """The row (:mod:`triton_bn.sync`) of x, (2 * C + 2,) of float64."""
+    """The row (:mod:`triton_bn.sync`) of x, (2 * C + 2,) of float64; ``tag`` stands for its dtype."""
     # A plan for given statistics has no tile to reduce by: the transform's walks x as well.
-    tile = plan.reduce or plan.transform
-    partials, geometry = _moments(problem, tile, x, None)
+    first, second = _row_launches(problem, plan.reduce or plan.transform)
+    partials = x.new_empty(*first.room, dtype=accumulator(problem))
+    run(first, (x, None), (x, partials, None))
     sent = x.new_empty(2 * problem.channels + 2, dtype=torch.float64)
-    programs, constants = _vectors(
-        problem.channels, tile, geometry[1] * geometry[2], "fp64", problem.wide
-    )
-    arguments = (partials, x, sent, problem.count, tag, problem.sizes, problem.strides, geometry)
-    run(row_kernel, programs, arguments, constants)
+    run(second, (x,), (partials, x, sent, problem.count, tag))
     return sent
+
+
+@lru_cache(maxsize=4096)
+def _merge_launch(ranks: int, channels: int, cumulative: bool) -> Launch:
+    programs, constants = _vectors(channels, None, ranks, "fp64")
+    constants = {**constants, "CUMULATIVE": cumulative}
+    return Launch(merge_rows_kernel, programs, (channels, ranks), constants)
 
 
 def merge(
@@ -336,18 +343,25 @@ def merge(
     moments, agree = count.new_empty((2, channels)), rows.new_empty(())
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    programs, constants = _vectors(channels, None, ranks, "fp64")
-    cumulative = momentum is None and num_batches_tracked is not None
-    run(
-        merge_rows_kernel,
-        programs,
-        (
-            rows, moments, count, agree, (running_mean, running_var, num_batches_tracked),
-            _pair(0.0 if momentum is None else momentum), channels, ranks,
-        ),
-        {**constants, "CUMULATIVE": cumulative},
-    )  # fmt: skip
+    launch = _merge_launch(ranks, channels, momentum is None and num_batches_tracked is not None)
+    running = (running_mean, running_var, num_batches_tracked)
+    factor = _pair(0.0 if momentum is None else momentum)
+    run(launch, (rows, count, *running), (rows, moments, count, agree, running, factor))
     return moments, agree
+
+
+@lru_cache(maxsize=4096)
+def _normalize_launch(problem: Problem, plan: Plan) -> Launch:
+    return _normalizing(problem, plan, None)
+
+
+def _normalizing(problem: Problem, plan: Plan, partial: Tile | None) -> Launch:
+    """The transform by the partials of a first launch's tile, or by given statistics."""
+    tile = plan.transform
+    programs, constants = _tiled(problem, tile, partial, CUMULATIVE=problem.cumulative)
+    geometry = (0, 0, 0) if partial is None else _geometry(problem, partial)
+    statics = (problem.sizes, problem.strides, _geometry(problem, tile)[0], geometry)
+    return Launch(normalize_kernel, programs, statics, constants)
 
 
 def normalize(
@@ -370,23 +384,14 @@ def normalize(
     stats = room if stats is None else stats
     if residual is not None:
         residual = aligned_like(residual, y)
-    running = (mean, variance, None)
-    _normalize(
-        problem,
-        plan,
-        x,
-        y,
-        residual,
-        packed,
-        weight,
-        bias,
-        stats,
-        None,
-        running,
-        _pair(0.0),
-        eps,
-        (0, 0, 0),
-    )
+    run(
+        _normalize_launch(problem, plan),
+        (x, residual, weight, bias, mean, variance),
+        (
+            x, y, residual, packed, (weight, bias), stats, None, (mean, variance, None), _pair(0.0),
+            _regularizer(eps),
+        ),
+    )  # fmt: skip
     return y, stats, packed
 
 
@@ -403,39 +408,54 @@ def again(
     y = torch.empty_like(x)
     if residual is not None:
         residual = aligned_like(residual, y)
-    given, nothing = (None, None, None), (0, 0, 0)
-    _normalize(
-        problem, plan, x, y, residual, None, weight, bias, stats, None, given, _pair(0.0), 0.0, nothing
+    run(
+        _normalize_launch(problem, plan),
+        (x, residual, weight, bias, stats),
+        (
+            x, y, residual, None, (weight, bias), stats, None, (None, None, None), _pair(0.0),
+            _regularizer(0.0),
+        ),
     )  # fmt: skip
     return y
 
 
-def _normalize(
-    problem: Problem,
-    plan: Plan,
-    x: Tensor,
-    y: Tensor,
-    residual: Tensor | None,
-    packed: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    partials: Tensor | None,
-    running: tuple[Tensor | None, Tensor | None, Tensor | None],
-    factor: tuple[float, float],
-    eps: float,
-    geometry: tuple[int, int, int],
-) -> None:
-    programs, rows, constants = _tiled(problem, plan.transform, plan.reduce)
-    run(
-        normalize_kernel,
-        programs,
-        (
-            x, y, residual, packed, (weight, bias), stats, partials, running, factor, _regularizer(eps),
-            problem.sizes, problem.strides, rows, geometry,
-        ),
-        {**constants, "CUMULATIVE": problem.cumulative},
-    )  # fmt: skip
+class _Backward(NamedTuple):
+    """What a plan launches for the gradients that are needed; what it does not launch is ``None``."""
+
+    whole: Launch | None
+    reduce: Launch | None
+    apply: Launch | None
+
+
+@lru_cache(maxsize=4096)
+def _backward_launches(
+    problem: Problem, plan: Plan, needs: tuple[bool, bool, bool, bool], shared: bool
+) -> _Backward:
+    needs_x, needs_weight, needs_bias, needs_residual = needs
+    training = problem.training or shared
+    sums = needs_weight or needs_bias or (needs_x and training)
+    stores = needs_x or (needs_residual and problem.activation is not None)
+    if plan.driver == "resident" and sums:
+        return _Backward(_resident(problem, plan, backward_kernel, TRAINING=training), None, None)
+    if plan.driver == "streamed" and sums and stores:
+        whole = _streamed(problem, plan, backward_streamed_kernel, TRAINING=training)
+        return _Backward(whole, None, None)
+    reduce = None
+    if sums:
+        assert plan.reduce is not None
+        reduce = _reducing(problem, plan.reduce, backward_reduce_kernel)
+    if not stores and (shared or not sums):
+        return _Backward(None, reduce, None)
+    programs, constants = _tiled(problem, plan.transform, plan.reduce, TRAINING=training)
+    if not stores:
+        # Only the merge of the partials is left: one program for each block of columns.
+        programs //= plan.transform.splits
+    geometry = (0, 0, 0)
+    if reduce is not None:
+        geometry = (problem.outer, 1, 1) if shared else reduce.statics[-1]
+    rows = _geometry(problem, plan.transform)[0]
+    statics = (problem.sizes, problem.strides, rows, geometry)
+    return _Backward(None, reduce, Launch(backward_apply_kernel, programs, statics, constants))
 
 
 def backward(
@@ -473,89 +493,52 @@ def backward(
     dbias = torch.empty_like(template) if needs_bias else None
     affine, dparameters = (weight, bias), (dweight, dbias)
     stored = None if problem.activation is None else dresidual
-    training, count = problem.training or share is not None, problem.count
-    sums = needs_weight or needs_bias or (needs_x and training)
-    if plan.driver == "resident" and sums:
-        programs, constants = _resident(problem, plan)
-        run(
-            backward_kernel,
-            programs,
-            (
-                dy, x, residual, packed, affine, stats, dx, stored, dparameters,
-                problem.sizes, problem.strides,
-            ),
-            {**constants, "TRAINING": training},
-        )  # fmt: skip
-        return dx, dweight, dbias, dresidual
-    if plan.driver == "streamed" and sums and (dx is not None or stored is not None):
-        programs, (counters, partials, geometry), constants = _streamed(problem, plan, dy)
-        run(
-            backward_streamed_kernel,
-            programs,
-            (
-                dy, x, residual, packed, affine, stats, partials, dx, stored, dparameters, problem.count,
-                counters, problem.sizes, problem.strides, plan.window, geometry,
-            ),
-            {**constants, "TRAINING": training},
-        )  # fmt: skip
-        return dx, dweight, dbias, dresidual
-    partials, geometry = None, (0, 0, 0)
-    if sums:
-        assert plan.reduce is not None
-        partials, geometry = _partials(problem, plan.reduce, dy)
-        programs, _, constants = _tiled(problem, plan.reduce, None)
-        run(
-            backward_reduce_kernel,
-            programs,
-            (
-                dy, x, residual, packed, affine, stats, partials,
-                problem.sizes, problem.strides, geometry,
-            ),
-            constants,
-        )  # fmt: skip
+    whole, reduce, apply = _backward_launches(problem, plan, needs, share is not None)
+    given = (dy, x, residual, packed, weight, bias, stats)
+    read = (dy, x, residual, packed, affine, stats)
+    gradients = (dx, dweight, dbias, dresidual)
+    if whole is not None and plan.driver == "resident":
+        run(whole, given, (*read, dx, stored, dparameters))
+        return gradients
+    if whole is not None:
+        partials = dy.new_empty(*whole.room, dtype=accumulator(problem))
+        counters = _counters(problem, plan, dy)
+        run(whole, given, (*read, partials, dx, stored, dparameters, problem.count, counters))
+        return gradients
+    merged, count = None, problem.count
+    if reduce is not None:
+        merged = dy.new_empty(*reduce.room, dtype=accumulator(problem))
+        run(reduce, given, (*read, merged))
         if share is not None:
-            partials = _merged_sums(problem, plan.reduce, partials, geometry, stats, dparameters)
-            geometry, count, dparameters = (problem.outer, 1, 1), 1, (None, None)
+            merged = _merged_sums(problem, plan, merged, stats, dparameters)
+            count, dparameters = 1, (None, None)
             if dx is not None:
-                share(partials)
-    programs, rows, constants = _tiled(problem, plan.transform, plan.reduce)
-    if dx is None and stored is None:
-        if partials is None or share is not None:
-            return dx, dweight, dbias, dresidual
-        # Only the merge of the partials is left: one program for each block of columns.
-        programs //= plan.transform.splits
-    run(
-        backward_apply_kernel,
-        programs,
-        (
-            dy, x, residual, packed, affine, stats, partials, dx, stored, dparameters, count,
-            problem.sizes, problem.strides, rows, geometry,
-        ),
-        {**constants, "TRAINING": training},
-    )  # fmt: skip
-    return dx, dweight, dbias, dresidual
+                share(merged)
+    if apply is not None:
+        run(apply, given, (*read, merged, dx, stored, dparameters, count))
+    return gradients
+
+
+@lru_cache(maxsize=4096)
+def _sums_launch(problem: Problem, tile: Tile) -> Launch:
+    geometry = _geometry(problem, tile)
+    splits, acc = geometry[1] * geometry[2], _accumulator_name(problem)
+    programs, constants = _vectors(problem.channels, tile, splits, acc, problem.wide)
+    return Launch(sums_kernel, programs, (problem.sizes, geometry), constants)
 
 
 def _merged_sums(
     problem: Problem,
-    tile: Tile,
+    plan: Plan,
     partials: Tensor,
-    geometry: tuple[int, int, int],
     stats: Tensor,
     dparameters: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
     """This process's sums as one partial (2, 1, C); dweight and dbias are written."""
-    sums = partials.new_empty((2, 1, problem.channels))
-    acc = _accumulator_name(problem)
-    programs, constants = _vectors(
-        problem.channels, tile, geometry[1] * geometry[2], acc, problem.wide
-    )
-    run(
-        sums_kernel,
-        programs,
-        (partials, sums, stats, dparameters, problem.sizes, geometry),
-        constants,
-    )
+    assert plan.reduce is not None
+    sums = partials.new_empty(2, 1, problem.channels)
+    given = (stats, *dparameters)
+    run(_sums_launch(problem, plan.reduce), given, (partials, sums, stats, dparameters))
     return sums
 
 

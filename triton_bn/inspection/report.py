@@ -217,8 +217,9 @@ def _capture(target: str) -> Iterator[list[_Launch]]:
         before = None
     launches: list[_Launch] = []
 
-    def warmup(kernel: Any, programs: int, arguments: Any, constants: dict[str, Any]) -> None:
-        compiled = kernel.warmup(*arguments, **constants, grid=(programs,))
+    def warmup(wanted: launch.Launch, given: Any, arguments: Any) -> None:
+        kernel, constants, programs = wanted.kernel, wanted.constants, wanted.programs
+        compiled = kernel.warmup(*arguments, *wanted.statics, **constants, grid=(programs,))
         tensors = dict(_tensors(kernel.arg_names, arguments))
         launches.append(_Launch(kernel.__name__, programs, tensors, constants, compiled))
 

@@ -86,7 +86,7 @@ class BatchNorm(torch.autograd.Function):
             x if keep_x else None, stats, weight, bias if recompute else None,
             residual if recompute else None, packed if bits else None,
         )  # fmt: skip
-        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+        ctx.bias_shape = None if bias is None else bias.shape
         ctx.verbs, ctx.training, ctx.eps, ctx.activation = verbs, training, eps, activation
         ctx.layout, ctx.ranks, ctx.stats = y.stride(), ranks, stats
         if verbs.all_outputs:
@@ -121,8 +121,7 @@ class BatchNorm(torch.autograd.Function):
                 gradients = _only_once(gradients)
         dx, dweight, dbias, dresidual = gradients
         if dbias is not None:
-            shape, dtype = ctx.bias
-            dbias = dbias.to(dtype).view(shape)
+            dbias = dbias.view(ctx.bias_shape)  # autograd casts it
         return (None, dx, dweight, dbias, dresidual, *[None] * 9)
 
 

@@ -107,9 +107,8 @@ def run(wanted: Launch, given: tuple[Tensor | None, ...], arguments: tuple[Any, 
 
 def _pair(value: float) -> tuple[float, float]:
     """A double as the float32 nearest to it and the rest (:func:`triton_bn.kernels.tile.double`)."""
-    high = ctypes.c_float(
-        value
-    ).value  # no tensor, which would be on whatever device is the default
+    # No tensor: that would be on whatever device is the default.
+    high = ctypes.c_float(value).value
     return high, value - high
 
 

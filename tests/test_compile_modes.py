@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 import torch
@@ -146,6 +147,19 @@ def test_compiled_it_does_what_eager_does(
         x = images(device, batch, 2, 5, 3, layout=layout)
         assert_close(step(compiled, model, x), step(twin, twin, x))
     assert len(counter.graphs) == len(graphs), "compiled again for another batch size"
+
+
+@pytest.mark.parametrize("momentum", [np.float64(0.25), np.float32(0.25), torch.tensor(0.25)])
+def test_compiled_momentum_is_any_number(device: torch.device, momentum: Any) -> None:
+    """In one graph where PyTorch's layer is compiled to one."""
+    layer = triton_bn.BatchNorm2d(3, momentum=momentum, device=device)
+    twin = triton_bn.BatchNorm2d(3, momentum=0.25, device=device)
+    x = images(device, 4, 3, 5, 3)
+    one_graph = isinstance(momentum, float)
+    assert_close(
+        step(torch.compile(layer, backend="aot_eager", fullgraph=one_graph), layer, x),
+        step(twin, twin, x),
+    )
 
 
 @NEEDS_COMPILER

@@ -176,6 +176,8 @@ def _number(name: str, value: Any) -> float:
     """A float of what PyTorch takes for one: any real number, a NumPy scalar, a tensor without dimensions."""
     if type(value) is float:
         return value
+    if torch.compiler.is_compiling():
+        return float(value)  # dynamo knows a NumPy scalar's class otherwise than Python
     if isinstance(value, Real) or (
         isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad
     ):

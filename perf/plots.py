@@ -635,7 +635,7 @@ def kept(rows: pd.DataFrame) -> Figure:
     """What whole networks keep for backward, as a share of what the stock network keeps."""
     rows = _pick(rows, status="counted")
     networks, ways = list(rows["network"].unique()), list(rows["way"].unique())
-    figure, axis = plt.subplots(figsize=(7.6, 0.8 + 0.75 * len(networks)))
+    figure, axis = plt.subplots(figsize=(8.2, 0.8 + 0.75 * len(networks)))
     height = 0.8 / len(ways)
     for i, way in enumerate(ways):
         own = rows[rows["way"] == way].set_index("network").reindex(networks)
@@ -654,7 +654,7 @@ def kept(rows: pd.DataFrame) -> Figure:
     axis.set_xlabel("share of what the stock network keeps")
     axis.tick_params(left=False)
     first = rows.iloc[0]
-    title = f"Kept from forward for backward: {first['batch']} images of {first['size']}×{first['size']}"
+    title = f"Kept for backward, {first['batch']} images of {first['size']}×{first['size']}"
     source = f"counted on a CPU, no timings; {first['dtype']}, torch {first['torch']}"
     return _finish(figure, title, source, [axis])
 

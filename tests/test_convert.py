@@ -752,7 +752,10 @@ def test_what_may_not_be_the_same_stays_as_it_is(
     assert set(vars(model)) - before == {"_conversion_report"}
     assert_same(original, model, images())
     assert not any(computed)
-    if forward not in (asked_for, leaves_something):  # nor where the class is edited for another module's sake
+    if forward not in (
+        asked_for,
+        leaves_something,
+    ):  # nor where the class is edited for another module's sake
         edited: Any = convert(copy.deepcopy(original), fuse=False)
         roles = (("F.relu", "activates"), ("self.bn", "opens"))
         edited.__class__ = rewrite.rewritten(type(edited), (("forward", roles),))

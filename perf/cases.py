@@ -66,7 +66,7 @@ class Case:
         """Tensors of the input's size that must be read and written at least, launch by launch.
 
         A residual is read in forward, and its gradient written in backward. What the activation's
-        slope takes (a bit a value, or nothing) is left out.
+        slope takes (y, a bit a value, or nothing) is left out.
         """
         forward, backward = (1 + self.residual, 1), (2, 1 + self.residual)
         passes = {

@@ -835,7 +835,10 @@ def test_gradcheck(
 
 
 def kept(
-    inputs: Inputs, training: bool, activation: str | None, needs: tuple[str, ...] = LEAVES
+    inputs: Inputs,
+    training: bool,
+    activation: str | Activation | None,
+    needs: tuple[str, ...] = LEAVES,
 ) -> list[Tensor]:
     """The tensors kept for backward that are not a channel's vectors, one for each storage."""
     tensors: dict[int, Tensor] = {}
@@ -869,13 +872,37 @@ def test_without_a_residual_backward_keeps_x_alone(
 @MODES
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu"])
-def test_with_a_residual_and_two_slopes_backward_keeps_x_and_a_bit_a_value(
+def test_with_a_residual_and_two_slopes_backward_keeps_x_and_y_or_a_bit_a_value(
     path: Path, activation: str, layout: str, training: bool
 ) -> None:
+    """y, as PyTorch's activation and the next layer do; bits where it does not tell the slope."""
     inputs = Inputs.of(2, 8, 4, 4, layout=layout, residual=True).to(path.device)
-    x, bits = sorted(kept(inputs, training, activation), key=lambda t: -t.nbytes)
+    others = [t for t in kept(inputs, training, activation) if t.data_ptr() != inputs.x.data_ptr()]
+    assert len(others) == 1
+    assert others[0].nbytes == inputs.x.nbytes
+    assert others[0].data_ptr() != inputs.residual.data_ptr()
+    assert others[0].grad_fn is not None
+    falling = Activation("leaky_relu", -0.5)
+    x, bits = sorted(kept(inputs, training, falling), key=lambda t: -t.nbytes)
     assert x.data_ptr() == inputs.x.data_ptr()
     assert bits.nbytes == inputs.x.numel() // 8
+
+
+def test_what_is_rounded_to_a_bend_has_the_slope_that_is_there(path: Path) -> None:
+    """As PyTorch's activations take it, of what they are given: relu6's 6, relu's 0 in float16."""
+    for name, dtype, value in (
+        ("relu6", torch.float16, 5.999), ("relu", torch.float16, 1e-8), ("relu", torch.float16, 1e-3),
+        (Activation("leaky_relu", -0.5), torch.float16, 1e-8),
+    ):  # fmt: skip
+        x = torch.zeros(2, 3, dtype=dtype, device=path.device)
+        residual = torch.zeros_like(x).requires_grad_()
+        mean, var = torch.zeros(3, device=path.device), torch.ones(3, device=path.device)
+        bias = torch.full((3,), value, device=path.device)
+        y = batch_norm(x, mean, var, None, bias, residual=residual, activation=name)
+        (got,) = torch.autograd.grad(y.sum(), residual)
+        rounded = bias.to(dtype).double()
+        want = oracle.slope(rounded, Activation.of(name)).to(dtype).expand_as(got)
+        assert torch.equal(got, want), (name, dtype, value)
 
 
 @MODES
@@ -896,7 +923,10 @@ def test_with_frozen_parameters_in_eval_backward_does_not_keep_x(
 ) -> None:
     inputs = Inputs.of(2, 8, 4, 4, residual=residual).to(path.device)
     assert kept(inputs, False, None, needs=("x", "residual")) == []
-    (bits,) = kept(inputs, False, "relu", needs=("x", "residual"))
+    (y,) = kept(inputs, False, "relu", needs=("x", "residual"))
+    assert y.nbytes == inputs.x.nbytes
+    assert y.grad_fn is not None
+    (bits,) = kept(inputs, False, Activation("leaky_relu", -0.5), needs=("x", "residual"))
     assert bits.nbytes == inputs.x.numel() // 8
 
 

@@ -16,7 +16,7 @@ from traffic import Bytes, Traffic, metered
 from triton_bn import launch
 from triton_bn.functional import batch_norm
 from triton_bn.plan import DEVICES, Plan, candidates, channel_blocks, tile_channels
-from triton_bn.problem import Problem, canonical
+from triton_bn.problem import Activation, Problem, canonical
 from triton_bn.tuning.resolve import choosing
 
 pytestmark = pytest.mark.skipif(not launch.interpreting(), reason="counts in the interpreter")
@@ -146,11 +146,20 @@ def test_passes_of_every_driver(
 
 @pytest.mark.parametrize("choice", range(6))
 @pytest.mark.parametrize(("shape", "layout"), [INPUTS[0], INPUTS[2], INPUTS[4]])
-def test_a_residual_costs_one_read_and_relu_one_bit_a_value(
+def test_a_residual_costs_one_read_and_the_slope_y_or_a_bit_a_value(
     shape: tuple[int, ...], layout: str, choice: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = oracle.arrange(torch.randn(shape), layout)
     found = launched(x, monkeypatch, choice, residual=True, activation="relu")
+    plan, forward = found["forward"]
+    assert_passes(x, plan, forward, {"x": READS[plan.driver], "y": 1, "residual": 1})
+    plan, backward = found["backward"]
+    reads = READS[plan.driver]
+    each = {"x": reads, "dy": reads, "dx": 1, "dresidual": 1}
+    assert_passes(x, plan, backward, {**each, "residual": reads})  # y, in its place
+    found = launched(
+        x, monkeypatch, choice, residual=True, activation=Activation("leaky_relu", -0.5)
+    )
     plan, forward = found["forward"]
     assert_passes(x, plan, forward, {"x": READS[plan.driver], "y": 1, "residual": 1})
     bits = packed_size(x)

@@ -36,6 +36,9 @@ PROBLEMS = {
     "sliced": Problem("forward", 6, 5, 14, (210, 14, 1), torch.float64, 1),
     "backward": problem("backward", activation=Activation("gelu"), residual=True),
     "backward bits": problem("backward", activation=RELU, bits=True, dtype=torch.float16),
+    "backward output": problem(
+        "backward", activation=Activation("relu6"), output=True, dtype=torch.bfloat16
+    ),
     "backward evaluation": problem("backward", training=False, activation=Activation("relu6")),
 }
 
@@ -89,7 +92,9 @@ def split(problem: Problem, here: Device) -> Plan:
     return next(plan for plan in candidates(problem, here) if plan.driver == "split")
 
 
-@pytest.mark.parametrize("name", ["forward", "bits", "evaluation", "backward", "backward bits"])
+@pytest.mark.parametrize(
+    "name", ["forward", "bits", "evaluation", "backward", "backward bits", "backward output"]
+)
 def test_what_is_left_unwritten_is_seen(
     name: str, here: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

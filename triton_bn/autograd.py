@@ -80,11 +80,13 @@ class BatchNorm(torch.autograd.Function):
             y, stats, packed = verbs.normalize(
                 x, running_mean, running_var, weight, bias, residual, eps, activation, bits
             )
-        recompute = activation is not None and not bits
-        keep_x = recompute or _needs_sums(ctx.needs_input_grad[1:4], training)
+        needs_sums = _needs_sums(ctx.needs_input_grad[1:4], training)
+        keep_y = not bits and _keeps_slopes(activation, residual, needs_sums)
+        recompute = activation is not None and not bits and not keep_y
+        keep_x = recompute or needs_sums
         ctx.save_for_backward(
             x if keep_x else None, stats, weight, bias if recompute else None,
-            residual if recompute else None, packed if bits else None,
+            residual if recompute else None, packed if bits else y if keep_y else None,
         )  # fmt: skip
         ctx.bias_shape = None if bias is None else bias.shape
         ctx.verbs, ctx.training, ctx.eps, ctx.activation = verbs, training, eps, activation
@@ -191,6 +193,12 @@ def _needs_sums(needs: tuple[bool, bool, bool], training: bool) -> bool:
     return needs[1] or needs[2] or (needs[0] and training)
 
 
+def _keeps_slopes(activation: Activation | None, residual: Tensor | None, needs_sums: bool) -> bool:
+    """Whether backward is given the activation's slopes, instead of computing what it was given again."""
+    two_slopes = activation is not None and activation.two_slopes
+    return two_slopes and (residual is not None or not needs_sums)
+
+
 def keeps_bits(
     x: Tensor,
     weight: Tensor | None,
@@ -199,12 +207,21 @@ def keeps_bits(
     training: bool,
     activation: Activation | None,
 ) -> bool:
-    """Whether the forward packs the activation's slopes for the backward."""
-    if activation is None or not activation.two_slopes or not torch.is_grad_enabled():
+    """Whether the forward packs the activation's slopes for the backward.
+
+    Where the output tells them that is kept, as PyTorch's ReLU does and the next layer anyway; unless
+    it is going to be made again.
+    """
+    if activation is None or not torch.is_grad_enabled():
         return False
     needs = [t is not None and t.requires_grad for t in (x, weight, bias, residual)]
     needs_sums = _needs_sums((needs[0], needs[1], needs[2]), training)
-    return any(needs) and (residual is not None or not needs_sums)
+    if not any(needs) or not _keeps_slopes(activation, residual, needs_sums):
+        return False
+    if not activation.output_tells:
+        return True
+    record = recording()
+    return record is not None and needs_sums and residual is not None and record.keeps(residual)
 
 
 def flat(activation: Activation | None) -> tuple[str | None, float | None]:

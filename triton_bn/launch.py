@@ -145,6 +145,7 @@ def _constants(problem: Problem, tile: Tile, **others: Any) -> Constants:
         WIDE=problem.wide,
         KIND=act and act.name,
         PARAMETER=act and act.parameter,
+        OUTPUT=problem.output,
         **others,
     )
 
@@ -472,9 +473,10 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight, dbias, dresidual, each where ``needs`` says so, else ``None``.
 
-    x may be ``None`` where neither the sums nor the activation's slope need it. Where the batch is shared
-    with other processes, ``share`` turns this one's sums (2, 1, C) into the means over all values of the
-    batch, between the two launches; the problem is then that of given statistics.
+    x may be ``None`` where neither the sums nor the activation's slope need it; ``residual`` is y where the
+    problem says so. Where the batch is shared with other processes, ``share`` turns this one's sums (2, 1, C)
+    into the means over all values of the batch, between the two launches; the problem is then that of given
+    statistics.
     """
     like = torch.empty_like(dy if x is None else x)
     dy = aligned_like(dy, like)

@@ -273,7 +273,7 @@ class BatchNorm2d(_Fused, nn.BatchNorm2d):
 
     In evaluation they are what is normalized by. On a GPU the moments, the transform by γ and β, the residual and
     the activation are one operation, whose results in between never go through memory; backward keeps x, 2·C
-    numbers and, where there is an activation behind a residual, one bit a value (relu, relu6, leaky_relu) or
+    numbers and, where there is an activation behind a residual, the output (relu, relu6, leaky_relu) or
     the residual (the others). On a CPU PyTorch's operators compute the same.
 
     Names, defaults, buffers, ``state_dict`` and errors are those of PyTorch's layer (Ioffe and Szegedy, *Batch

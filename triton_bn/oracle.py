@@ -136,6 +136,7 @@ def batch_norm(
     residual: Tensor | None = None,
     activation: Activation | str | None = None,
     dy: Tensor | None = None,
+    output: Tensor | None = None,
     interpreted: bool = False,
     moments: bool = False,
     device: torch.device | None = None,
@@ -145,6 +146,8 @@ def batch_norm(
     The running statistics are the ones *before* the call, and are left alone.
 
     Args:
+        output: y as it was returned. Which of two slopes a value has is told by it, as PyTorch's activation
+            does: what was rounded to 0 (or to relu6's 6) has the slope that is there.
         interpreted: whether the bounds are for Triton's interpreter, which rounds to bfloat16 and takes
             sums less well than a GPU.
         moments: whether mean and invstd (1/std) are wanted too, as an accumulator's dtype holds them.
@@ -238,9 +241,11 @@ def batch_norm(
         return results
 
     grad = dy.detach().to(where, torch.float64)
-    g = grad * slope(z, activation)
+    told = output is not None and activation is not None and activation.output_tells
+    seen = z if output is None or not told else output.detach().to(where, torch.float64)
+    g = grad * slope(seen, activation)
     e_g = u * g.abs() + (4 * u * grad.abs() * (1 + z.abs()) if smooth else 0)
-    if activation is not None:
+    if activation is not None and not told:
         e_g = e_g + grad.abs() * sway(slope)
 
     def total(t: Tensor) -> Tensor:

@@ -407,7 +407,7 @@ def _stages(problem: Problem, device: Device) -> tuple[int, ...]:
 
 def _copied(problem: Problem, tile: Tile) -> int:
     """Bytes of shared memory that the chunks take which are under way while another is worked on."""
-    tensors = (1 if problem.direction == "forward" else 2) + problem.residual
+    tensors = (1 if problem.direction == "forward" else 2) + problem.residual + problem.output
     chunk = tile.rows * tile.columns * tile.depth * problem.itemsize
     return (tile.stages - 1) * tensors * chunk
 

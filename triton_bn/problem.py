@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any, Literal
@@ -38,6 +38,7 @@ __all__ = [
     "canonical",
     "check",
     "describe",
+    "gradient_of",
     "require_module",
     "require_tensor",
 ]
@@ -149,6 +150,11 @@ class Activation:
         """Whether one bit a value is all that the derivative needs."""
         return self.name in _TWO_SLOPES
 
+    @property
+    def output_tells(self) -> bool:
+        """Whether the output tells which of two slopes it is."""
+        return self.two_slopes and (self.parameter is None or self.parameter > 0)
+
     def __str__(self) -> str:
         return self.name if self.parameter is None else f"{self.name}({self.parameter:g})"
 
@@ -193,6 +199,8 @@ class Problem:
     bits: bool = False
     #: ``momentum=None``: the running statistics are the cumulative average of all batches.
     cumulative: bool = False
+    #: Backward reads y, which tells the activation's slope.
+    output: bool = False
 
     __hash__ = hash_once
     __getstate__ = without_hash
@@ -244,7 +252,7 @@ class Problem:
             parts.append("add")
         if self.activation is not None:
             parts.append(str(self.activation))
-        parts += [name for name in ("bits", "cumulative") if getattr(self, name)]
+        parts += [name for name in ("bits", "cumulative", "output") if getattr(self, name)]
         mode = "training" if self.training else "eval"
         return f"{self.direction} {mode} " + " ".join(parts)
 
@@ -297,9 +305,10 @@ def describe(
     activation: Activation | None = None,
     bits: bool = False,
     cumulative: bool = False,
+    output: bool = False,
 ) -> tuple[Problem, Tensor]:
     """The problem of an input (N, C, *), and the input, or its copy where it has no canonical view."""
-    flags = (direction, training, residual, activation, bits, cumulative)
+    flags = (direction, training, residual, activation, bits, cumulative, output)
     problem = _described(x.shape, x.stride(), x.dtype, x.data_ptr() % 16, *flags)
     if problem is None:
         x = torch.empty_like(x).copy_(x)
@@ -320,6 +329,7 @@ def _described(
     activation: Activation | None,
     bits: bool,
     cumulative: bool,
+    output: bool,
 ) -> Problem | None:
     view = canonical(tuple(shape), strides)
     if view is None:
@@ -340,7 +350,21 @@ def _described(
     ):
         vector //= 2
     return Problem(
-        direction, *sizes, steps, dtype, vector, training, activation, residual, bits, cumulative
+        direction, *sizes, steps, dtype, vector, training, activation, residual, bits, cumulative,
+        output,
+    )  # fmt: skip
+
+
+def gradient_of(problem: Problem) -> Problem:
+    """The backward problem of a forward one, all gradients wanted.
+
+    It knows of a residual only where the activation's slope is recomputed from it: else y or bits tell.
+    """
+    act = problem.activation
+    kept = problem.residual and act is not None and not problem.bits
+    output = kept and act is not None and act.output_tells
+    return replace(
+        problem, direction="backward", residual=kept and not output, output=output, cumulative=False
     )
 
 

@@ -211,7 +211,8 @@ def normalize(
     z = _preactivation(x, mean, invstd, weight, bias, residual)
     packed = None
     if bits and activation is not None:
-        packed = pack(gradient(torch.ones_like(z), z, activation) == 1, x)
+        rounded = z.to(x.dtype).to(z.dtype)  # all that PyTorch's activation would see
+        packed = pack(gradient(torch.ones_like(z), rounded, activation) == 1, x)
     return _activated(z, activation).to(x.dtype), packed
 
 
@@ -254,6 +255,8 @@ def _gradient(
     g = dy.to(stats.dtype)
     if activation is None:
         return g
+    if packed is not None and packed.dtype != torch.uint8:  # y, which tells the slope
+        return gradient(g, packed.detach().to(g.dtype), activation)
     if packed is not None:
         low = torch.zeros_like(g) if activation.parameter is None else g * activation.parameter
         return torch.where(unpack(packed, x), g, low)

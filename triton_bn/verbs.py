@@ -5,14 +5,12 @@ Eager calls, the autograd function and the registered operators all end here.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from triton_bn import reference
 from triton_bn.plan import Device, Plans
-from triton_bn.problem import FLOATING, Activation, Problem, canonical, describe
+from triton_bn.problem import FLOATING, Activation, Problem, canonical, describe, gradient_of
 from triton_bn.route import kernels
 from triton_bn.route import on_gpu as use_kernels
 from triton_bn.sync import DISAGREE, Ranks
@@ -218,14 +216,18 @@ def backward(
         return dx, dweight, dbias, dresidual
     share = None if ranks is None else means
     if use_kernels(dy):
+        output = packed is not None and packed.dtype != torch.uint8
+        if output:
+            residual, packed = packed, None
         problem, seen = describe(
             dy if x is None else x,
             direction="backward",
             # A shared batch's statistics are given, so far as plans are concerned: two launches.
             training=training and share is None,
-            residual=residual is not None,
+            residual=residual is not None and not output,
             activation=activation,
             bits=packed is not None,
+            output=output,
         )
         return kernels().backward(
             problem, resolve(problem, Device.current(dy.device)), dy, None if x is None else seen, stats,
@@ -261,6 +263,7 @@ def problems(
 ) -> tuple[Problem, Problem]:
     """The problems, forward and backward, of an input (only its metadata counts), all gradients wanted."""
     bits = residual and activation is not None and activation.two_slopes
+    bits = bits and activation is not None and not activation.output_tells
     problem, _ = describe(
         x,
         training=training,
@@ -269,11 +272,7 @@ def problems(
         bits=bits,
         cumulative=cumulative,
     )
-    # With its slopes kept, the backward needs no residual.
-    behind = replace(
-        problem, direction="backward", residual=residual and not bits, cumulative=False
-    )
-    return problem, behind
+    return problem, gradient_of(problem)
 
 
 def plans(problems: tuple[Problem, Problem], device: Device) -> Plans:

@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the report; 1 where a kernel spills or does not compile."""
     activation = Activation.of(args.activation)
-    bits = activation is not None and activation.two_slopes and (args.residual or args.eval)
+    bits = activation is not None and activation.two_slopes and not activation.output_tells
+    bits = bits and (args.residual or args.eval)
     if args.shapes:
         refuse(args, "batch", without="ResNet-50's shapes")
     shapes = args.shapes or [(args.batch or 32, *layer[:-1]) for layer in RESNET50]

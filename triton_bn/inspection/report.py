@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton_bn import launch
 from triton_bn.inspection import binary
 from triton_bn.plan import DEVICES, Device, Plan, candidates, heuristic
-from triton_bn.problem import Problem, describe
+from triton_bn.problem import Problem, describe, gradient_of
 
 __all__ = [
     "RESNET50",
@@ -142,18 +142,9 @@ class Case(NamedTuple):
 # ---- problems ----
 
 
-def gradient_of(problem: Problem) -> Problem:
-    """The backward problem of a forward one, all gradients wanted.
-
-    It knows of a residual only where the activation's slope is recomputed from it.
-    """
-    residual = problem.residual and problem.activation is not None and not problem.bits
-    return replace(problem, direction="backward", residual=residual, cumulative=False)
-
-
 def floor(problem: Problem) -> int:
     """The bytes that any plan must read and write; those of vectors of C values are left out."""
-    tensors = 2 + problem.residual
+    tensors = 2 + problem.residual + problem.output
     if problem.direction == "backward":
         tensors += 1 + _stores_residual(problem)
     bits = problem.outer * -(-problem.row // 8) if problem.bits else 0
@@ -165,7 +156,7 @@ def _stores_residual(problem: Problem) -> bool:
 
     In training, slopes are kept as bits only where there is a residual.
     """
-    return problem.residual or (problem.bits and problem.training)
+    return problem.residual or problem.output or (problem.bits and problem.training)
 
 
 def plans(problem: Problem, target: str, *, search: bool = True) -> list[Case]:
@@ -272,7 +263,7 @@ def _run(problem: Problem, plan: Plan) -> None:
     like = torch.empty_like(x)
     vector = torch.empty(problem.channels, dtype=launch.accumulator(problem), device="meta")
     tracked = torch.empty((), dtype=torch.int64, device="meta")
-    residual = like if problem.residual else None
+    residual = like if problem.residual or problem.output else None
     affine = vector, vector
     if problem.direction == "backward":
         bits = None

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from triton_bn.kernels.activation import gradient, gradient_by_bit
+from triton_bn.kernels.activation import gradient, gradient_by_bit, steep
 from triton_bn.kernels.forward import column_affine, load_residual, preactivation
 from triton_bn.kernels.moments import partial_shares
 from triton_bn.kernels.tile import (
@@ -64,12 +64,16 @@ def unpack(packed, T: tl.constexpr):
 def gradient_tile(dy, x, residual, packed, u: tl.constexpr, affine, T: tl.constexpr):
     """g [R, K] of a chunk's tile u: dy as it came where there is no activation, else of the accumulation dtype.
 
-    The slope is in the packed bits, or, where there are none, follows from x and the residual, if any.
+    The slope is in the packed bits, or told by y (in the residual's place), or follows from x and the
+    residual, if any.
     """
     if T.KIND is None:
         return dy[u]
     elif len(packed) > 0:
         return gradient_by_bit(dy[u].to(tl.dtype(T.ACC)), unpack(packed[u], T), T)
+    elif T.OUTPUT:
+        bit = steep(residual[u].to(tl.dtype(T.ACC)), T)
+        return gradient_by_bit(dy[u].to(tl.dtype(T.ACC)), bit, T)
     else:
         return gradient(dy[u].to(tl.dtype(T.ACC)), preactivation(x, residual, u, affine, T), T)
 

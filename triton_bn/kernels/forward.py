@@ -69,11 +69,15 @@ def transform_tile(
     x, residual, u: tl.constexpr, p_y, p_bits, n, n_end, row, columns, affine,
     RAGGED: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Writes activation(z) of a chunk's tile u, and where p_bits is given, whether its slope is 1."""
+    """Writes activation(z) of a chunk's tile u, and where p_bits is given, whether its slope is 1.
+
+    The slope at z as rounded to the dtype of y: of all that follows, PyTorch's activation sees no more.
+    """
     z = preactivation(x, residual, u, affine, T)
     store_dense(p_y, activate(z, T), n, n_end, row, columns, RAGGED, T)
     if p_bits is not None:
-        bit = steep(z, T) & tile_mask(n, n_end, columns.mask, RAGGED, T)
+        rounded = z.to(p_y.dtype.element_ty).to(tl.dtype(T.ACC))
+        bit = steep(rounded, T) & tile_mask(n, n_end, columns.mask, RAGGED, T)
         store_bits(p_bits, bit, n, n_end, row, columns, T)
 
 

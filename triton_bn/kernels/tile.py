@@ -21,6 +21,7 @@ class Constants(NamedTuple):
     MASKED: bool  #: a tile may reach past its last column
     KIND: Any  #: activation, or None
     PARAMETER: Any  #: the activation's parameter, or None
+    OUTPUT: bool = False  #: backward is given y in the residual's place
     STAGES: int = 1  #: 2: loops over rows copy the next chunk during this one
     CHANNELS: int = 0  #: resident: whole channels of a program
     INNER: int = 0  #: resident: S

@@ -80,12 +80,15 @@ class Scratch:
         )
         self.weight, self.bias = vector(0.5, 1.5), vector(-0.5, 0.5)
         self.running = vector(-2.0, 2.0), vector(0.5, 4.0)
-        self.residual = dense() if problem.residual else None
+        self.residual = dense() if problem.residual or problem.output else None
         self.dy = dense() if problem.direction == "backward" else None
-        self.stats = self.packed = None
+        self.stats = self.packed = self.y = None
         if self.dy is not None:
-            self.stats, bit = self._forward()
+            self.stats, z = self._forward()
+            if problem.bits or problem.output:
+                self.y = oracle.activate(z, problem.activation).to(problem.dtype)
             if problem.bits:
+                bit = oracle.slope(z.to(problem.dtype).double(), problem.activation) == 1
                 self.packed = reference.pack(bit, self.dy)
 
     def chunks(self) -> Iterator[slice]:
@@ -95,11 +98,12 @@ class Scratch:
             yield slice(begin, begin + step)
 
     def _forward(self) -> tuple[Tensor, Tensor]:
-        """What forward has left for backward: (mean, 1/std), and where the activation's slope is 1."""
+        """What forward has left for backward: (mean, 1/std), and what it gave to the activation."""
         problem, acc = self.problem, launch.accumulator(self.problem)
         stats = torch.empty(2, problem.channels, dtype=acc, device=self.place)
-        bit = torch.empty(
-            problem.sizes if problem.bits else (0,), dtype=torch.bool, device=self.place
+        tells = problem.bits or problem.output
+        activated = torch.empty(
+            problem.sizes if tells else (0,), dtype=torch.float64, device=self.place
         )
         for part in self.chunks():
             x = self.x[:, part].double()
@@ -107,15 +111,19 @@ class Scratch:
             if problem.training:
                 var, mean = torch.var_mean(x, (0, 2), correction=0)
             stats[0, part], stats[1, part] = mean, (var + EPS).rsqrt()
-            if problem.bits:
+            if tells:
                 scale = (var + EPS).rsqrt() * self.weight[part]
                 z = (x - mean[:, None]) * scale[:, None] + self.bias[part].double()[:, None]
-                bit[:, part] = oracle.slope(z, problem.activation) == 1
-        return stats, bit
+                activated[:, part] = z if self.residual is None else z + self.residual[:, part]
+        return stats, activated
 
-    def expected(self, part: slice) -> dict[str, Bounded]:
-        """What a launch must give for some channels, by name, with the error that it may have."""
+    def expected(self, part: slice, y: Tensor | None = None) -> dict[str, Bounded]:
+        """What a launch must give for some channels, by name, with the error that it may have.
+
+        ``y`` is what it has returned in forward: packed slopes are those of its values.
+        """
         problem, training = self.problem, self.problem.training
+        y = self.y if y is None else y
         residual = None if self.residual is None else self.residual[:, part]
         dy = None if self.dy is None else self.dy[:, part]
         if problem.bits:  # whose slopes are the residual's gradient, also where there is none
@@ -125,11 +133,11 @@ class Scratch:
             self.x[:, part], self.running[0][part], self.running[1][part], self.weight[part],
             self.bias[part], training, self.momentum, EPS, residual=residual,
             activation=problem.activation, dy=dy, interpreted=launch.interpreting(),
-            moments=True, device=self.place,
+            moments=True, device=self.place, output=None if y is None else y[:, part],
         )  # fmt: skip
         if problem.direction == "backward":
             names = ["dx", "dweight", "dbias"]
-            names += ["dresidual"] if problem.residual or problem.bits else []
+            names += ["dresidual"] if residual is not None else []
             return {name: want[name] for name in names}
         names = ["y", "mean", "invstd"]
         names += ["running_mean", "running_var"] if training else []
@@ -175,9 +183,10 @@ class Trial:
         if own.direction == "backward":
             assert s.dy is not None
             assert s.stats is not None
-            needs = (True, True, True, own.residual or own.bits)
+            needs = (True, True, True, own.residual or own.bits or own.output)
+            kept = s.y if own.output else s.residual
             return launch.backward(
-                own, self.plan, s.dy, s.x, s.stats, s.weight, s.bias, s.residual, s.packed, needs
+                own, self.plan, s.dy, s.x, s.stats, s.weight, s.bias, kept, s.packed, needs
             )  # fmt: skip
         mean, var = self.running
         if own.training:
@@ -224,7 +233,7 @@ class Trial:
             low = act.parameter if act.name == "leaky_relu" else 0.0
             compared["slope"] = torch.where(bit, 1.0, low)
         for part in self.scratch.chunks():
-            for name, want in self.scratch.expected(part).items():
+            for name, want in self.scratch.expected(part, first.get("y")).items():
                 value = compared[name]
                 value = value[part] if value.dim() == 1 else value[:, part]
                 ratio = want.ratio(value)

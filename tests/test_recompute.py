@@ -327,22 +327,26 @@ def test_a_plan_that_is_given_is_not_asked_to_make_an_output_again(made: list[An
     assert made
 
 
-def test_a_recipe_owns_what_it_needs_of_size_c(computer: str, made: list[Any]) -> None:
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_a_recipe_owns_what_it_needs_of_size_c(
+    computer: str, made: list[Any], training: bool
+) -> None:
     """Parameters may be gone by then, and statistics may have moved on."""
-    net, x = Net("silu").eval(), randn(5, 3, 7, 7)
-    expected = step(net, x, False)
-    for layer in net.modules():
-        if isinstance(layer, _Fused):
-            layer.requires_grad_(False)  # nor does backward itself need them then
-    with recompute():
-        loss = net(x).float().square().mean()
-    for layer in net.modules():
-        if isinstance(layer, _Fused):
-            for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
-                if name != "weight":  # of which backward takes dx
-                    tensor.data.zero_()
-    loss.backward()
-    assert torch.equal(net.linear.weight.grad, expected[-2]) or made
+    found = []
+    for gone in (False, True):
+        torch.manual_seed(0)
+        layer = triton_bn.BatchNorm2d(3, activation="silu").train(training)
+        conv = nn.Conv2d(3, 2, 1)
+        nn.init.uniform_(layer.weight, 0.5, 1.5)
+        nn.init.uniform_(layer.bias, 0.5, 1.5)
+        with triton_bn.recompute():
+            loss = conv(layer(randn(4, 3, 5, 5).requires_grad_())).square().sum()
+        if gone:
+            for tensor in (*layer.parameters(), *layer.buffers()):
+                tensor.data.zero_()
+        found += torch.autograd.grad(loss, conv.weight)
+    assert made
+    assert torch.equal(*found)
 
 
 # Together with others.

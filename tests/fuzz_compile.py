@@ -44,6 +44,7 @@ def draw(chance: random.Random) -> Problem:
     activation = Activation.of(chance.choice((None, *ACTIVATIONS)))
     residual = chance.random() < 0.5
     bits = activation is not None and activation.two_slopes and (residual or not training)
+    bits = bits and chance.random() < 0.5
     cumulative = training and chance.random() < 0.1
     forward = Problem(
         "forward", outer, channels, inner, (stride, inner, 1), dtype, vector, training, activation,

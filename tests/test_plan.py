@@ -50,7 +50,7 @@ def problems(draw: st.DrawFn) -> Problem:
     training = draw(st.booleans())
     activation = draw(st.sampled_from([None, Activation("relu"), Activation("gelu")]))
     residual = draw(st.booleans())
-    bits = activation == Activation("relu") and (residual or not training)
+    bits = activation == Activation("relu") and (residual or not training) and draw(st.booleans())
     forward = Problem(
         "forward", outer, channels, inner, (stride, inner, 1), dtype, vector,
         training, activation, residual, bits, training and draw(st.booleans()),

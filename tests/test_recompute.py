@@ -802,3 +802,23 @@ def test_which_outputs_of_resnet_50_are_kept(monkeypatch: pytest.MonkeyPatch) ->
     kept = "".join(".x"[not output.expired()] for output in outputs)
     assert kept == "x.x" + "x.x." + "x.x.x." + "x.x"
     loss.backward()
+
+
+def test_compiled_on_a_cpu_a_converted_network_keeps_what_stock_keeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(route, "on_gpu", lambda x: False)
+    kept = []
+    for model in (ResNet(), triton_bn.convert(ResNet()), converted()):
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor.detach()
+
+        compiled = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = compiled(randn(4, 3, 8, 8))
+        assert y.requires_grad
+        kept.append(sum(sizes.values()))
+    assert kept[0] == kept[1] == kept[2] > 0

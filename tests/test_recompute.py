@@ -804,6 +804,7 @@ def test_which_outputs_of_resnet_50_are_kept(monkeypatch: pytest.MonkeyPatch) ->
     loss.backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own
 def test_compiled_on_a_cpu_a_converted_network_keeps_what_stock_keeps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

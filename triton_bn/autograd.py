@@ -209,8 +209,8 @@ def keeps_bits(
 ) -> bool:
     """Whether the forward packs the activation's slopes for the backward.
 
-    Where the output tells them that is kept, as PyTorch's ReLU does and the next layer anyway; unless
-    it is going to be made again.
+    Where the output tells them that is kept, as PyTorch's ReLU does and the next layer anyway; or made again,
+    inside :func:`triton_bn.recompute`, so that backward runs by the same plan there, to the same bits.
     """
     if activation is None or not torch.is_grad_enabled():
         return False
@@ -218,10 +218,7 @@ def keeps_bits(
     needs_sums = _needs_sums((needs[0], needs[1], needs[2]), training)
     if not any(needs) or not _keeps_slopes(activation, residual, needs_sums):
         return False
-    if not activation.output_tells:
-        return True
-    record = recording()
-    return record is not None and needs_sums and residual is not None and record.keeps(residual)
+    return not activation.output_tells
 
 
 def flat(activation: Activation | None) -> tuple[str | None, float | None]:

@@ -45,13 +45,12 @@ def finite(v):
 
 @triton.jit
 def merge(a, b):
-    """Chan's rule for two sets, elementwise. Either may be empty."""
+    """Chan's rule for two sets, elementwise. Either may be empty, or its mean infinite: no a.mean + delta * share."""
     count = a.count + b.count
     share = b.count / tl.maximum(count, 1)
     delta = b.mean - a.mean
-    mean = a.mean + delta * share
-    mean = tl.where(mean == mean, mean, a.mean + b.mean)  # inf + (x - inf) is the mean inf
-    return Moments(count, mean, a.m2 + b.m2 + delta * a.count * (delta * share))
+    mean = a.mean * (1 - share) + b.mean * share
+    return Moments(count, mean, a.m2 + b.m2 + delta * (a.count * share) * delta)
 
 
 @triton.jit
@@ -80,7 +79,7 @@ def chunk_moments(tiles, base, n, n_end, RAGGED: tl.constexpr, T: tl.constexpr):
     first = tiles[0].to(tl.dtype(T.ACC))
     origin = finite(first)
     total = first - origin
-    square = total * total
+    square = tl.full((T.R, T.K), 0.0, tl.dtype(T.ACC))
     i_row = n + tl.arange(0, T.R)[:, None]
     if RAGGED:
         count = tl.minimum(tl.maximum((n_end - i_row + T.R - 1) // T.R, 0), T.U).to(tl.dtype(T.ACC))
@@ -93,7 +92,8 @@ def chunk_moments(tiles, base, n, n_end, RAGGED: tl.constexpr, T: tl.constexpr):
         total += d
         square += d * d
     mean = total / tl.maximum(count, 1)
-    return Moments(count, origin - base + mean, less(square, total * mean))
+    m2 = tl.maximum(square - total * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return Moments(count, origin - base + mean, m2)
 
 
 @triton.jit
@@ -185,8 +185,10 @@ def merge_partials(p_partials, p_x, channel, sizes, strides, partial, T: tl.cons
         a = merge(a, Moments(share.to(tl.dtype(T.ACC)), mean, m2))
     a = merge_axis(a, 0)
     base = load_base(p_x, channel, strides, channel < sizes[1], T)
-    # About an infinite mean the squares are NaN, as float64's: also where infinite ones were all there were.
-    return Moments(a.count, base + a.mean, a.m2 + (a.mean - a.mean))
+    # Chunks do not tell infinite from NaN, so that each of their values takes an instruction less. About a finite
+    # mean, NaN was a square that the dtype cannot hold; about an infinite one the squares are NaN, as float64's.
+    m2 = tl.where(a.m2 == a.m2, a.m2, float("inf")) + (a.mean - a.mean)
+    return Moments(a.count, base + a.mean, m2)
 
 
 @triton.jit

@@ -182,6 +182,22 @@ def members(columns, G: tl.constexpr):
 
 
 @triton.jit
+def fold_eights(v, T: tl.constexpr):
+    """:func:`fold_sums` where the tile starts with a channel of 7 values or more: then 8 adjacent columns, which are
+    what a thread holds of a row, belong to two channels at most, and only two sums a thread go further."""
+    SLOTS: tl.constexpr = T.R * T.K // 8
+    k = 8 * tl.arange(0, T.K // 8)
+    end = (k // T.INNER + 1) * T.INNER
+    is_first = (k[:, None] + tl.arange(0, 8)[None, :] < end[:, None])[None, :, :]
+    v = tl.reshape(v, (T.R, T.K // 8, 8))
+    first = tl.reshape(tl.sum(tl.where(is_first, v, 0), 2), (SLOTS,))[:, None]
+    second = tl.reshape(tl.sum(tl.where(is_first, 0, v), 2), (SLOTS,))[:, None]
+    channel = (tl.arange(0, SLOTS) * 8 % T.K // T.INNER)[:, None]
+    g = tl.arange(0, T.G)[None, :]
+    return tl.sum(tl.where(channel == g, first, 0) + tl.where(channel + 1 == g, second, 0), 0)
+
+
+@triton.jit
 def fold_sums(v, columns, T: tl.constexpr):
     """[R, K] sums of slots → [G] sums of channels first + g."""
     GROUP: tl.constexpr = T.G
@@ -193,6 +209,8 @@ def fold_sums(v, columns, T: tl.constexpr):
             member = (columns.channel == columns.first + g) & columns.mask
             sums = tl.where(tl.arange(0, T.G) == g, tl.sum(tl.where(member, v, 0)), sums)
         return sums
+    elif T.INNER >= 7:
+        return fold_eights(v, T)
     else:
         return tl.sum(tl.where(members(columns, T.G), tl.sum(v, 0)[None, :], 0), 1)
 

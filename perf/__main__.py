@@ -29,6 +29,7 @@ COMMANDS = {
     "visit": Command("all of it on a GPU that is there for ten minutes", gpu=True),
     "memory": Command("what whole networks keep for backward, counted on a CPU"),
     "cpu": Command("converted models beside stock ones on CPU tensors"),
+    "host": Command("what a call costs the host beside torch.nn's, with a GPU that is not there"),
     "plots": Command("draw all folders of results"),
     "summary": Command("the targets beside what was measured"),
 }

@@ -10,30 +10,25 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from perf.plots import host, load
 from triton_bn import launch
 
 DRIVER = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
+import torch
 from triton.runtime.jit import JITFunction
 import triton_bn
-from triton_bn import plan, route, verbs
+from perf import idle
 
 launched, kernels, slow = [], [], []
 
 
-class Driver:
-    class utils:
-        # A module that is None would be loaded again at every launch.
-        load_binary = staticmethod(lambda *a: (1, 2, 64, 0, 1024))
-        unload_module = staticmethod(lambda module: None)
-        get_device_properties = staticmethod(lambda d: {"max_shared_mem": 232448, "multiprocessor_count": 132})
-
+class Driver(idle.Driver):
     def launcher_cls(self, source, metadata):
         compiled = source.name, repr(source.signature), repr(source.constants), repr(source.attrs)
 
@@ -43,25 +38,15 @@ class Driver:
 
         return launch
 
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
 
 def counted(self, *arguments, _run=JITFunction.run, **options):
     slow.append(self)
     return _run(self, *arguments, **options)
 
 
-triton.runtime.driver.set_active(Driver())
 JITFunction.run = counted
-route.on_gpu = verbs.use_kernels = lambda x: True
-plan.Device.current = staticmethod(lambda device: plan.DEVICES["H200"])
+meanwhile = idle.idle(Driver())
+meanwhile.__enter__()
 
 
 """
@@ -174,6 +159,29 @@ def test_a_launch_is_the_one_that_triton_would_find() -> None:
     """Constants, dtypes, alignment and sizes are all in the key; and Triton's hooks, which get the constants
     as JSON, are served."""
     run(KEY)
+
+
+def test_perf_host_prints_a_ratio_for_each_target_and_rows_of_which_plots_draws(
+    tmp_path: Path,
+) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [
+        sys.executable,
+        "-m",
+        "perf",
+        "host",
+        "--rounds=2",
+        "--calls=2",
+        f"--output={tmp_path}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()[2:]]
+    assert [line[-1] for line in lines if line[-2] == "<="] == ["1.3", "1.3", "1.3", "1.6", "1.5"]
+    data = load(tmp_path)
+    assert len(data.rows) == 7
+    assert {"triton_bn", "triton_bn split", "torch eager"} == set(data.rows["provider"])
+    assert host(data).axes
 
 
 def test_a_launch_belongs_to_its_device(monkeypatch: pytest.MonkeyPatch) -> None:

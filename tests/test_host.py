@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +87,7 @@ print("done")
 #: Each call differs from the one before it in one thing that decides which kernel is right.
 KEY = """
 import contextlib
+import triton
 from triton_bn import launch
 
 seen = []
@@ -202,12 +204,12 @@ def test_a_launch_belongs_to_its_device(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(launch, "interpreting", lambda: False)
     kernel = Kernel()
     wanted = launch.Launch(kernel, 1, (), {})
-    on = [
-        SimpleNamespace(device=torch.device("cpu", i), dtype=torch.half, data_ptr=lambda: 0)
-        for i in range(2)
-    ]
-    for tensor in [on[0], on[1], on[0], on[1], on[0]]:
-        launch.run(wanted, (tensor,), (tensor,))  # type: ignore[arg-type]
+    for device in (0, 1, 0, 1, 0):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+        tensor: Any = SimpleNamespace(
+            get_device=torch.cuda.current_device, dtype=torch.half, data_ptr=lambda: 0
+        )
+        launch.run(wanted, (tensor,), (tensor,))
     first, second, third = kernel.launched
     assert first is third
     assert first is not second

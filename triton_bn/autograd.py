@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from triton_bn.route import transformed
 from triton_bn.sync import Ranks
 from triton_bn.verbs import Gradients
 
-__all__ = ["BatchNorm", "Direct", "Operators", "batch_norm", "flat", "keeps_bits"]
+__all__ = ["BatchNorm", "Call", "Direct", "Operators", "batch_norm", "flat", "keeps_bits"]
 
 
 def batch_norm(
@@ -35,11 +36,28 @@ def batch_norm(
 
     With ``ranks``, in training, x is this process's part of the batch; a part may have no values.
     """
+    differentiable = torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+    if not differentiable:
+        # Nobody will ask for a gradient: no node, which would cost as much as the rest.
+        if training:
+            return verbs.forward(
+                x, weight, bias, running_mean, running_var, num_batches_tracked, residual,
+                momentum, eps, activation, False, ranks,
+            )[0]  # fmt: skip
+        assert running_mean is not None and running_var is not None, "check() has asked"
+        return verbs.normalize(
+            x, running_mean, running_var, weight, bias, residual, eps, activation, False
+        )[0]
     bits = keeps_bits(x, weight, bias, residual, training, activation)
+    call = Call(Direct, training, momentum, eps, activation, bits, ranks)
     y = BatchNorm.apply(
-        Direct, x, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-        training, momentum, eps, activation, bits, ranks,
-    )  # fmt: skip
+        call, x, weight, bias, residual, running_mean, running_var, num_batches_tracked
+    )
     record = recording()
     if record is not None and y.requires_grad:
         owned = (y.grad_fn.stats, owned_copy(weight), owned_copy(bias), activation)
@@ -47,16 +65,28 @@ def batch_norm(
     return y
 
 
-class BatchNorm(torch.autograd.Function):
-    """Normalization by batch statistics (``training``) or by running ones, with its gradient.
+class Call(NamedTuple):
+    """What is no tensor of a call: one argument of :class:`BatchNorm`, since each costs time.
 
     ``verbs`` are what computes: :class:`Direct` or the operators that stand for them.
     """
 
+    verbs: Any
+    training: bool
+    momentum: float | None
+    eps: float
+    activation: Activation | None
+    bits: bool
+    ranks: Any = None
+
+
+class BatchNorm(torch.autograd.Function):
+    """Normalization by batch statistics (``training``) or by running ones, with its gradient."""
+
     @staticmethod
     def forward(
         ctx: Any,
-        verbs: Any,
+        call: Call,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -64,13 +94,8 @@ class BatchNorm(torch.autograd.Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
-        training: bool,
-        momentum: float | None,
-        eps: float,
-        activation: Activation | None,
-        bits: bool,
-        ranks: Any = None,
     ) -> Any:
+        verbs, training, momentum, eps, activation, bits, ranks = call
         if training:
             y, stats, packed = verbs.forward(
                 x, weight, bias, running_mean, running_var, num_batches_tracked, residual,
@@ -114,7 +139,7 @@ class BatchNorm(torch.autograd.Function):
                     ctx.eps, needs, again,
                 )  # fmt: skip
         else:
-            with torch.no_grad():
+            with torch.no_grad() if again else nullcontext():
                 gradients = verbs.backward(
                     dy, x, stats, weight, bias, residual, packed, ctx.activation, ctx.training,
                     needs, ctx.ranks,
@@ -122,9 +147,10 @@ class BatchNorm(torch.autograd.Function):
             if again:
                 gradients = _only_once(gradients)
         dx, dweight, dbias, dresidual = gradients
-        if dbias is not None:
-            dbias = dbias.view(ctx.bias_shape)  # autograd casts it
-        return (None, dx, dweight, dbias, dresidual, *[None] * 9)
+        if dbias is not None and dbias.shape != ctx.bias_shape:
+            dbias = dbias.view(ctx.bias_shape)
+        # dbias may have another dtype than the bias: autograd casts it.
+        return None, dx, dweight, dbias, dresidual, None, None, None
 
 
 def _batched(dy: Tensor) -> bool:

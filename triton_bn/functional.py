@@ -154,19 +154,18 @@ def _batch_norm(
             if momentum is None and running_mean is not None:
                 momentum = 1.0 / float(num_batches_tracked)
             num_batches_tracked = None
-        statistics, copies = [running_mean, running_var], []
-        for i, given in enumerate(statistics):
-            if given is not None and not given.is_contiguous():
-                statistics[i] = dense = given.contiguous()
-                copies.append((given, dense))
+        # As may running statistics, which then advance in a copy.
+        mean = None if running_mean is None else running_mean.contiguous()
+        var = None if running_var is None else running_var.contiguous()
         computer = operators if who == "operators" else autograd
         y = computer.batch_norm(
-            input, weight, bias, residual, *statistics,
+            input, weight, bias, residual, mean, var,
             num_batches_tracked, training, momentum, eps, activation, ranks,
         )  # fmt: skip
         if training:
-            for given, dense in copies:
-                given.copy_(dense)
+            for given, dense in ((running_mean, mean), (running_var, var)):
+                if given is not None and given is not dense:
+                    given.copy_(dense)  # type: ignore[arg-type]
     if separate is not None:
         y = reference.activate(y + separate[0], separate[1])
     return y

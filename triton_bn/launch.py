@@ -82,12 +82,12 @@ def run(wanted: Launch, given: tuple[Tensor | None, ...], arguments: tuple[Any, 
         with _interpreter:
             wanted.kernel[(wanted.programs,)](*arguments, *wanted.statics, **wanted.constants)
         return
-    device = arguments[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    device = arguments[0].get_device()  # negative on a CPU
+    if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             run(wanted, given, arguments)
         return
-    key: list[Any] = [device.index]
+    key: list[Any] = [device]
     for tensor in given:
         if tensor is None:
             key.append(None)
@@ -490,8 +490,10 @@ def backward(
         dresidual = dy if problem.activation is None else torch.empty_like(like)
     dweight = torch.empty_like(weight) if needs_weight and weight is not None else None
     # No bias where backward need not read it: all parameters share one dtype.
-    template = next(t for t in (bias, weight, stats[1]) if t is not None)
-    dbias = torch.empty_like(template) if needs_bias else None
+    dbias = None
+    if needs_bias:
+        template = weight if bias is None else bias
+        dbias = torch.empty_like(stats[1] if template is None else template)
     affine, dparameters = (weight, bias), (dweight, dbias)
     stored = None if problem.activation is None else dresidual
     whole, reduce, apply = _backward_launches(problem, plan, needs, share is not None)

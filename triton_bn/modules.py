@@ -97,17 +97,19 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
         ranks: Ranks | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        training = self.training or (self.running_mean is None and self.running_var is None)
-        track = self.training and self.track_running_stats
-        use_buffers = track or not self.training
+        training, mean, var, tracked = self.training, None, None, None
+        if not training or self.track_running_stats:
+            mean, var = self._tensor("running_mean"), self._tensor("running_var")
+        if training and self.track_running_stats:
+            tracked = self._tensor("num_batches_tracked")
         return _batch_norm(
             input,
-            self.running_mean if use_buffers else None,
-            self.running_var if use_buffers else None,
-            self.num_batches_tracked if track else None,
-            self.weight,
-            self.bias,
-            training,
+            mean,
+            var,
+            tracked,
+            self._tensor("weight"),
+            self._tensor("bias"),
+            training or (mean is None and var is None),
             self.momentum,
             self.eps,
             residual,
@@ -115,6 +117,11 @@ class _Fused(nn.modules.batchnorm._BatchNorm):
             ranks,
             mask,
         )
+
+    def _tensor(self, name: str) -> Tensor | None:
+        """``getattr(self, name)``, of which a module asks much before it looks where it keeps its tensors."""
+        own = self._buffers if name in self._buffers else self._parameters
+        return own[name] if name in own else getattr(self, name)
 
     def plan(
         self, input: Tensor, residual: Tensor | None = None, *, device: Device | str | None = None

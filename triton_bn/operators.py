@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from triton_bn import verbs
-from triton_bn.autograd import BatchNorm, Operators, flat, keeps_bits
+from triton_bn.autograd import BatchNorm, Call, Operators, flat, keeps_bits
 from triton_bn.problem import Activation
 from triton_bn.sync import Ranks
 from triton_bn.verbs import absent, fake_outputs
@@ -105,13 +105,14 @@ def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _autograd_op(op: str, split: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
-    """The operator with its gradient; ``split`` reorders its arguments to those of BatchNorm."""
+    """The operator with its gradient; ``split`` makes its arguments those of BatchNorm: tensors, and a Call's."""
 
     def call(keyset: Any, *arguments: Any) -> Any:
         below = keyset & torch._C._after_autograd_keyset
         tensors = [a for a in arguments if isinstance(a, Tensor)]
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return BatchNorm.apply(Operators(below), *split(*arguments))
+            given, options = split(*arguments)
+            return BatchNorm.apply(Call(Operators(below), *options), *given)
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.triton_bn, op).default.redispatch(below, *arguments)
 
@@ -123,18 +124,15 @@ def _split_forward(*arguments: Any) -> tuple[Any, ...]:
         x, weight, bias, mean, var, tracked, residual, momentum, eps, name, parameter, bits,
         group, ask,
     ) = arguments  # fmt: skip
-    return (
-        x, weight, bias, residual, mean, var, tracked, True, momentum, eps,
-        _activation(name, parameter), bits, None if group is None else (group, ask),
-    )  # fmt: skip
+    ranks = None if group is None else (group, ask)
+    options = True, momentum, eps, _activation(name, parameter), bits, ranks
+    return (x, weight, bias, residual, mean, var, tracked), options
 
 
 def _split_normalize(*arguments: Any) -> tuple[Any, ...]:
     x, mean, var, weight, bias, residual, eps, name, parameter, bits = arguments
-    return (
-        x, weight, bias, residual, mean, var, None, False, 0.0, eps,
-        _activation(name, parameter), bits,
-    )  # fmt: skip
+    options = False, 0.0, eps, _activation(name, parameter), bits
+    return (x, weight, bias, residual, mean, var, None), options
 
 
 for _name, _implementation, _split in (

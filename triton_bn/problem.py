@@ -430,7 +430,8 @@ def check(
     if training:
         if input.dim() == 0:
             raise IndexError("list index out of range")
-        if math.prod(shape[:1]) * math.prod(shape[2:]) == 1:
+        few = input.dim() < 2 or input.numel() == shape[1]  # known at once, unlike the products
+        if few and math.prod(shape[:1]) * math.prod(shape[2:]) == 1:
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {shape}"
             )

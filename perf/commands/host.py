@@ -95,17 +95,17 @@ def measure(rounds: int, calls: int) -> dict[Timed, tuple[list[float], list[floa
             call()
         return (time.thread_time() - start) / n
 
+    gc.disable()
     for n in range(-1, rounds):
+        gc.collect()
         for timed, both in pairs.items():
             # Who runs first in a round runs second in the next.
             for who in (0, 1) if n % 2 else (1, 0):
-                gc.collect()
-                gc.disable()
                 with _under(timed.driver if who == 0 else None):
                     seconds = batch(both[who], calls)
-                gc.enable()
                 if n >= 0:  # the first round compiles
                     times[timed][who].append(seconds)
+    gc.enable()
     return times
 
 

@@ -44,8 +44,8 @@ SETTING = ("question", "shape", "layout", "dtype", "op")
 WITHOUT_EFFECT = {
     "triton_bn": ("commands", "demo", "inspection", "oracle.py", "tuning/results.py", "version.py"),
     "perf": (
-        "commands", "__main__.py", "ab.py", "cases.py", "plots.py", "pytest_visit.py", "search.py", "shapes.py",
-        "summary.py", "visit.py", "wait.py",
+        "commands", "__main__.py", "ab.py", "cases.py", "idle.py", "plots.py", "pytest_visit.py", "search.py",
+        "shapes.py", "summary.py", "visit.py", "wait.py",
     ),
 }  # fmt: skip
 

@@ -386,8 +386,19 @@ def candidates(problem: Problem, device: Device) -> tuple[Plan, ...]:
 
 
 def _depth(problem: Problem) -> int:
-    """Tiles in flight: 64 bytes a thread of each tensor that is read, 32 where two are or bits are packed."""
-    return 4 if problem.direction == "forward" and not problem.bits else 2
+    """Tiles in flight: 64 bytes a thread of each tensor that is read, 32 where two are or bits are packed.
+
+    Half of that where ptxas would spill a few bytes: for mish, whose values take the most registers, and for
+    slopes from x and a residual where a thread holds what belongs to several channels.
+    """
+    forward, act = problem.direction == "forward", problem.activation
+    depth = 4 if forward and not problem.bits else 2
+    several = problem.inner > 1 and problem.inner % 16 != 0
+    if act is not None and (
+        (forward and act.name == "mish") or (_curved(problem) and problem.residual and several)
+    ):
+        depth //= 2
+    return depth
 
 
 def _stages(problem: Problem, device: Device) -> tuple[int, ...]:
@@ -420,10 +431,8 @@ def _curved(problem: Problem) -> bool:
 
 def _holds(problem: Problem) -> tuple[int, int]:
     """Values that a resident program holds without spilling, and one of its threads."""
-    limit, thread = RESIDENT[problem.direction], THREAD
-    if problem.dtype == torch.float64 or _curved(problem):
-        return limit // 2, thread // 2
-    return limit, thread
+    each = (2 if problem.dtype == torch.float64 else 1) * (2 if _curved(problem) else 1)
+    return RESIDENT[problem.direction] // each, THREAD // each
 
 
 def _resident(problem: Problem, device: Device) -> Iterator[Plan]:
@@ -436,6 +445,9 @@ def _resident(problem: Problem, device: Device) -> Iterator[Plan]:
         # Every program would need the counter that one of them advances: split has a launch between.
         return
     limit, thread = _holds(problem)
+    widened = min(WIDENED, thread // 2)
+    # The residual is held beside x: with 16 warps a thread has no registers for as many 32-bit values again.
+    both = problem.direction == "forward" and problem.residual and problem.itemsize > 2
     group = aligned_channels(problem)
     narrow = problem.inner == 1 and not _resident_fills(problem, device, limit)
     while (
@@ -457,8 +469,9 @@ def _resident(problem: Problem, device: Device) -> Iterator[Plan]:
             tile = _resident_tile(problem, device, columns, most, fewest)
             threads = tile.warps * device.warp
             if (
-                tile.rows * tile.depth * columns <= min(limit, thread * threads)
-                and tile.rows * columns <= WIDENED * threads
+                tile.rows * tile.depth * columns
+                <= min(limit, thread * threads // (2 if both and tile.warps == 16 else 1))
+                and tile.rows * columns <= widened * threads
                 and members <= MEMBERS * min(tile.warps, 8)
             ):
                 yield Plan("resident", tile, channels=channels)

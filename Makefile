@@ -27,7 +27,7 @@ endif
 # the GIL held, ends its process with a traceback after ten minutes.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
-.PHONY: help demo test fuzz lint notebooks docs test-models gpu plots clean
+.PHONY: help demo test fuzz mutants lint notebooks docs test-models gpu plots clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -42,6 +42,10 @@ test: $(READY)  ## the whole suite; without a GPU in Triton's interpreter
 
 fuzz: $(READY)  ## compile random problems for every GPU that is known: nothing spills, nothing overflows
 	PYTHONPATH=. $(PY) tests/fuzz_compile.py
+
+# Faults put into a copy of the package, one at a time; ONLY="..." ones by parts of their names.
+mutants: $(READY)  ## mutation tests: every fault of a table must be seen by the tests that it names
+	PYTHONPATH=. $(PY) tests/mutants.py $(if $(ONLY),--only $(ONLY))
 
 lint: $(READY)  ## ruff and mypy
 	$(PY) -m ruff check .

@@ -86,6 +86,8 @@ def path(
             return heuristic(problem, device)
         plans = candidates(problem, SMALL)
         plans = tuple(plan for plan in plans if plan.driver == path.driver) or plans
+        if path.plan is None:  # several tiles a chunk: what joins them is the driver's as well
+            plans = tuple(plan for plan in plans if plan.transform.depth > 1) or plans
         plan = plans[(path.plan or 0) % len(plans)]
         return replace(plan, window=2, programs=3) if plan.driver == "streamed" else plan
 

@@ -110,9 +110,9 @@ def test_writers_in_many_processes_lose_nothing_and_readers_see_whole_files(path
 #: What Python reads, but on some versions neither writes nor compares.
 DEEP = (
     b'{"format": "triton_bn cache 1", "fingerprint": "v1", "about": {}, "entries": {"k": '
-    + b'{"plan": [' * 500
+    + b'{"plan": [' * 50
     + b"1"
-    + b"]}" * 500
+    + b"]}" * 50
     + b"}}"
 )
 

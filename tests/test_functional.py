@@ -27,7 +27,7 @@ path = oracle.path
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 EACH_DRIVER = pytest.mark.parametrize("driver", ["resident", "split", "streamed"])
 MODES = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-ACTIVATIONS = (*oracle.ACTIVATIONS, Activation("leaky_relu", 0.2), Activation("elu", 0.5))
+ACTIVATIONS = (*oracle.ACTIVATIONS, Activation("leaky_relu", 1.5), Activation("elu", 0.5))
 EACH_ACTIVATION = pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 
 

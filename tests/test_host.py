@@ -95,7 +95,8 @@ triton.knobs.runtime.jit_cache_hook = lambda **given: seen.append(given["compile
 
 
 def call(
-    what, shape=(8, 5, 3, 3), dtype=torch.float16, shift=0, weight=0, mean=0, needs=True, activation=None, driver=None
+    what, shape=(8, 5, 3, 3), dtype=torch.float16, shift=0, weight=0, mean=0, needs=True, activation=None, driver=None,
+    parameters=torch.float32, without="",
 ):
     memory = torch.randn(8 * 5 * 9 + 8).to(dtype)
     x = memory[shift : shift + 8 * 5 * 9].view(shape).requires_grad_()
@@ -103,6 +104,9 @@ def call(
     layer.weight = torch.nn.Parameter(torch.ones(shape[1] + 4)[weight : weight + shape[1]])
     layer.weight.requires_grad_(needs)
     layer.running_mean = torch.ones(shape[1] + 4)[mean : mean + shape[1]]
+    layer.to(parameters)
+    if without:
+        setattr(layer, without, None)
     kernels.clear()
     with triton_bn.use(driver) if driver else contextlib.nullcontext():
         layer(x).backward(torch.ones_like(x))
@@ -117,7 +121,10 @@ CALLS = [
     dict(what="constants: another parameter", activation=triton_bn.Activation("leaky_relu", 0.25)),
     dict(what="dtype", dtype=torch.bfloat16),
     dict(what="alignment of the input, of which no constant tells", shift=1),
-    dict(what="alignment of the weight", weight=1),
+    dict(what="alignment of the weight, which 8 bytes are not", weight=2),
+    dict(what="dtype of the parameters", parameters=torch.float16),
+    dict(what="no weight", without="weight"),
+    dict(what="no bias", without="bias"),
     dict(what="alignment of a running statistic", mean=1),
     dict(what="a gradient that is not needed", needs=False),
     dict(what="sizes", shape=(4, 10, 3, 3)),

@@ -17,22 +17,25 @@ from torch import Tensor
 from triton_bn import launch, reference, route, verbs
 from triton_bn.functional import batch_norm
 from triton_bn.plan import DEVICES, Plan, Tile, candidates
-from triton_bn.problem import Problem
+from triton_bn.problem import Activation, Problem
 from triton_bn.tuning.resolve import choosing
 
 #: A GPU as much smaller as the tensors here are: every driver is a candidate, programs are few.
 SMALL = replace(DEVICES["H100"], processors=1, cache=0)
 
+#: An activation of whose slopes y tells nothing, so that backward is given a bit a value.
+BY_BITS = Activation("leaky_relu", -0.5)
+
 #: Shape, layout, dtype, activation, residual: ragged rows and columns, and rows for several chunks.
 PROBLEMS = {
     "S=49": ((3, 5, 7, 7), "contiguous", torch.float32, None, False),
-    "S=9 with bits": ((5, 9, 3, 3), "contiguous", torch.float32, "relu", True),
+    "S=9 with bits": ((5, 9, 3, 3), "contiguous", torch.float32, BY_BITS, True),
     "S=50": ((6, 3, 5, 10), "contiguous", torch.float64, None, False),
     "S=257": ((3, 2, 257), "contiguous", torch.bfloat16, "silu", False),
     "S=1": ((301, 5), "contiguous", torch.float32, "gelu", True),
     "channels_last": ((7, 12, 5, 5), "channels_last", torch.float32, None, False),
-    "channels_last with bits": ((2, 24, 4, 5), "channels_last", torch.bfloat16, "relu6", True),
-    "sliced": ((11, 4, 5, 5), "sliced_channels", torch.float32, None, False),
+    "channels_last with bits": ((2, 24, 4, 5), "channels_last", torch.bfloat16, BY_BITS, True),
+    "sliced": ((11, 4, 5, 5), "sliced_channels", torch.float32, "relu", True),
     "sliced channels_last": ((3, 9, 5, 5), "sliced_channels_last", torch.float32, "elu", True),
 }
 
@@ -139,6 +142,20 @@ def test_streamed_waits_for_all_that_it_reads(
     plan = Plan("streamed", tile, tile, window=window, programs=programs)
     with direct.poisoned():
         for name, value in direct.step(x, dy, plan, **given).items():
+            expected[name].assert_close(value, name)
+
+
+def test_the_two_launches_of_split_may_have_tiles_of_their_own(device: torch.device) -> None:
+    """The second merges what the first has found of each channel, by the first's blocks and splits."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 9, 5, 12, device=device).unbind()
+    weight = torch.rand(5, device=device) + 0.5
+    expected = oracle.batch_norm(
+        x, None, None, weight, None, True, dy=dy, interpreted=launch.interpreting()
+    )
+    plan = Plan("split", transform=Tile(4, 32, 1, 4, 2), reduce=Tile(2, 8, 2, 4, 3))
+    with direct.poisoned():
+        for name, value in direct.step(x, dy, plan, weight=weight).items():
             expected[name].assert_close(value, name)
 
 

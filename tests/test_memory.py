@@ -64,3 +64,14 @@ def test_no_partial_is_stored_for_a_channel_that_a_tile_does_not_touch(driver: s
     with direct.poisoned():
         for name, value in direct.step(x, dy, plan).items():
             expected[name].assert_close(value, name)
+
+
+def test_the_last_program_of_whole_channels_reads_no_others() -> None:
+    """Tiles that hold four channels to the last value, and six channels: the last program has two."""
+    torch.manual_seed(0)
+    x, dy, residual = torch.randn(3, 3, 6, 4).unbind()
+    plan = Plan("resident", Tile(2, 16, 2), channels=4)
+    expected = oracle.batch_norm(x, training=True, dy=dy, residual=residual, interpreted=True)
+    with direct.poisoned():
+        for name, value in direct.step(x, dy, plan, residual=residual).items():
+            expected[name].assert_close(value, name)

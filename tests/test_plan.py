@@ -148,6 +148,8 @@ def test_a_channel_of_several_windows_may_stream_unless_l2_loses_it() -> None:
 @example(STEM, DEVICES["B200"])
 @example(LARGE, DEVICES["H100"])
 @example(replace(STEM, direction="forward"), DEVICES["A100"])
+@example(replace(STEM, direction="forward", cumulative=True), DEVICES["H100"])
+@example(Problem("forward", 3136, 64, 1, (64, 1, 1), torch.float64, 2), DEVICES["H100"])
 def test_every_candidate_is_legal(problem: Problem, device: Device) -> None:
     found = candidates(problem, device)
     assert found[0] == heuristic(problem, device)

@@ -215,6 +215,7 @@ def test_64_bit_offsets_are_taken_exactly_where_32_bits_would_not_do() -> None:
     assert not problem((256, 256, 56 * 56)).wide
     assert not problem((1, 1, 2**30)).wide
     assert problem((1, 1, 2**31)).wide
+    assert problem((1, 1, 2**31 - 2**20)).wide  # a tile may reach past it before its mask
     assert problem((2**16, 2**15, 1)).wide
     assert problem((3, 2**30, 1)).wide
     # Few values, far apart; and a stride that is never taken.

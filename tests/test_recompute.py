@@ -300,6 +300,18 @@ def test_what_is_changed_in_place_after_it_was_saved_is_pytorchs_error(
         kept.sum().backward()
 
 
+def test_a_source_that_was_changed_is_an_error_where_nobody_else_asks_for_it(computer: str) -> None:
+    """Only the gradient of what stands behind the layer is wanted: the layer's own backward never runs."""
+    layer, linear = triton_bn.BatchNorm1d(4, activation="silu"), nn.Linear(4, 3)
+    with recompute():
+        x = randn(6, 4).requires_grad_() * 2
+        z = linear(layer(x))
+    with torch.no_grad():
+        x.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(z.sum(), linear.weight)
+
+
 def test_an_output_changed_in_place_before_it_was_saved_is_kept(
     computer: str, made: list[Any]
 ) -> None:

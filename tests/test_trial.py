@@ -208,6 +208,24 @@ def test_a_search_looks_at_its_candidates(
     assert result.best.plan != fast
 
 
+def test_whatever_a_launch_allocates_is_poisoned(
+    here: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what earlier runs have left there: partials of the first launch, y of the second."""
+    own, run = PROBLEMS["forward"], launch.run
+    fresh: list[bool] = []
+
+    def launched(wanted: launch.Launch, given: Any, arguments: Any) -> None:
+        fresh.append(bool(arguments[1].isnan().all()))
+        run(wanted, given, arguments)
+
+    monkeypatch.setattr(launch, "run", launched)
+    looked_at = trial.Trial(own, split(own, here), here)
+    looked_at.observe()
+    looked_at.observe()
+    assert fresh == [True] * 4
+
+
 def test_memory_is_poisoned_only_meanwhile() -> None:
     with trial.poisoned():
         x = torch.ones(2, 3)

@@ -685,6 +685,7 @@ def test_recording_sees_what_is_already_known_and_searches_nothing(
 def test_two_may_record_at_once_and_no_plan_is_lost(bench: Bench) -> None:
     """They end in the order in which they began; meanwhile somebody finds a plan."""
     known, other = resolve.resolve(FORWARD, GPU), problem(49)
+    resolve.resolve(other, GPU)
     first, second = memory.record(), memory.record()
     seen_first = first.__enter__()
     resolve.resolve(FORWARD, GPU)

@@ -245,6 +245,7 @@ INFINITE = tuple(
 RACE = "test_interleave.py::test_no_schedule_makes_a_race"
 FAR = f"{FUNCTIONAL}a_mean_far_from_zero_costs_the_variance_nothing[kernels-10000.0-contiguous"
 SPECIAL = f"{FUNCTIONAL}an_activation_is_pytorchs_at_every_special_point[kernels-torch.float32"
+BEYOND = f"{FUNCTIONAL}a_variance_beyond_float32_is_infinite_and_normalizes_to_the_bias[kernels-torch.float32"
 BAD = f"{FUNCTIONAL}bad_input_raises_what_pytorch_raises_and_changes_nothing[kernels"
 KEY = (f"{HOST}a_launch_is_the_one_that_triton_would_find",)
 LEGAL = (f"{PLAN}every_candidate_is_legal",)
@@ -331,9 +332,11 @@ MUTANTS = [
       "delta -= tl.expand_dims(rest, axis)\n    return Moments(count, mean + rest,", "return Moments(count, mean,",
       (), "what rounding took from the mean of slots is lost",
       "it is less than what rounding takes from partials relative to the first value, which every bound grants"),
-    M("infinite variance", "kernels/moments.py",
+    M("infinite held variance", "kernels/moments.py",
       'return tl.where(square == float("inf"), square, tl.where(m2 < 0, 0, m2))', "return tl.where(m2 < 0, 0, m2)",
-      (f"{FUNCTIONAL}a_variance_beyond_float32_is_infinite_and_normalizes_to_the_bias[kernels-torch.float32-split]",),
+      (f"{BEYOND}-resident]",), "inf - inf: NaN instead of the bias"),
+    M("infinite merged variance", "kernels/moments.py",
+      'tl.where(a.m2 == a.m2, a.m2, float("inf"))', "a.m2", (f"{BEYOND}-split]",),
       "inf - inf: NaN instead of the bias"),
     M("rows beyond the last", "kernels/moments.py",
       "d = tl.where(i_row + u * T.R < n_end, d, 0)", "d = tl.where(i_row >= 0, d, 0)", DOUBLE,

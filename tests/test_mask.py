@@ -185,6 +185,16 @@ def test_equals_batch_norm_over_the_gathered_values(
     holds(case, path.device, path.interpreted)
 
 
+@pytest.mark.parametrize("driver", ["resident", "split", "streamed"])
+def test_a_mask_that_leaves_nothing_advances_the_counter_alone(driver: str, path: Path) -> None:
+    path.driver = driver
+    case = {
+        "shape": (3, 5, 4, 6), "kind": "none", "layout": "contiguous", "dtype": torch.float32, "activation": "silu",
+        "residual": True, "training": True, "momentum": 1.0, "affine": True, "offset": 9.0, "strides": False, "seed": 0,
+    }  # fmt: skip
+    holds(case, path.device, path.interpreted)
+
+
 def test_far_from_zero_the_shift_is_a_value_that_takes_part(device: torch.device) -> None:
     torch.manual_seed(0)
     x = 1e4 + torch.randn(4, 3, 500)

@@ -133,6 +133,7 @@ def _forward_case(
     momentum: float | None = 0.1,
     activation: str | None = None,
     bits: bool = False,
+    masked: bool = False,
 ) -> tuple[Any, ...]:
     """Arguments of ``triton_bn::forward``; images are channels_last."""
     x = randn(*(shape or (6, 3)), dtype=dtype).to(device)
@@ -150,15 +151,16 @@ def _forward_case(
     for t in (x, *given_[:2], added):
         if t is not None:
             t.requires_grad_()
-    return x, *given_, added, momentum, 1e-5, activation, None, bits, None, False
+    mask = (x[:, 0] > -0.5).detach() if masked else None
+    return x, *given_, added, momentum, 1e-5, activation, None, bits, None, False, mask
 
 
 def _normalize_case(*arguments: Any, **options: Any) -> tuple[Any, ...]:
     """Arguments of ``triton_bn::normalize``."""
-    x, weight, bias, mean, variance, _, residual, _, eps, *activation, _, _ = _forward_case(
+    x, weight, bias, mean, variance, _, residual, _, eps, *activation, _, _, mask = _forward_case(
         *arguments, **options
     )
-    return x, mean, variance, weight, bias, residual, eps, *activation
+    return x, mean, variance, weight, bias, residual, eps, *activation, mask
 
 
 def _backward_case(*arguments: Any, training: bool, **options: Any) -> tuple[Any, ...]:
@@ -167,11 +169,12 @@ def _backward_case(*arguments: Any, training: bool, **options: Any) -> tuple[Any
         t.detach() if isinstance(t, Tensor) else t
         for t in _forward_case(*arguments, **options, residual=True)
     ]
-    x, weight, bias, *_, residual, _, _, activation, parameter, bits, _, _ = forward
+    x, weight, bias, *_, residual, _, _, activation, parameter, bits, _, _, mask = forward
     y, stats, packed = OPS.forward(*forward)
     return (
         torch.sin(y), x if training else None, stats, weight, bias, None if bits else residual,
         packed if bits else None, activation, parameter, training, (True, training, training, True), None,
+        mask,
     )  # fmt: skip
 
 
@@ -188,6 +191,11 @@ OPERATORS: dict[str, tuple[Any, Callable[[torch.device], tuple[Any, ...]]]] = {
             d, dtype=torch.float16, momentum=None, activation="silu",
             present=("bias", "running_mean", "running_var", "num_batches_tracked"),
         ),
+    ),
+    "forward with a mask": (OPS.forward.default, partial(_forward_case, masked=True, activation="silu")),
+    "normalize with a mask": (OPS.normalize.default, partial(_normalize_case, masked=True)),
+    "backward with a mask": (
+        OPS.backward.default, partial(_backward_case, training=True, masked=True, activation="silu"),
     ),
     "normalize": (OPS.normalize.default, partial(_normalize_case, activation="gelu")),
     "normalize, kept slopes": (

@@ -31,6 +31,7 @@ def batch_norm(
     eps: float,
     activation: Activation | None,
     ranks: Ranks | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """``activation(bn(x) + residual)`` for checked arguments, a residual like x, and at least one value.
 
@@ -47,21 +48,21 @@ def batch_norm(
         if training:
             return verbs.forward(
                 x, weight, bias, running_mean, running_var, num_batches_tracked, residual,
-                momentum, eps, activation, False, ranks,
+                momentum, eps, activation, False, ranks, mask,
             )[0]  # fmt: skip
         assert running_mean is not None and running_var is not None, "check() has asked"
         return verbs.normalize(
-            x, running_mean, running_var, weight, bias, residual, eps, activation, False
+            x, running_mean, running_var, weight, bias, residual, eps, activation, False, mask
         )[0]
     bits = keeps_bits(x, weight, bias, residual, training, activation)
     call = Call(Direct, training, momentum, eps, activation, bits, ranks)
     y = BatchNorm.apply(
-        call, x, weight, bias, residual, running_mean, running_var, num_batches_tracked
+        call, x, weight, bias, residual, running_mean, running_var, num_batches_tracked, mask
     )
     record = recording()
     if record is not None and y.requires_grad:
         owned = (y.grad_fn.stats, owned_copy(weight), owned_copy(bias), activation)
-        record.remember(y, record.recipe(verbs.again, x, residual, owned=owned))
+        record.remember(y, record.recipe(verbs.again, x, residual, mask, owned=owned))
     return y
 
 
@@ -94,16 +95,17 @@ class BatchNorm(torch.autograd.Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
+        mask: Tensor | None = None,
     ) -> Any:
         verbs, training, momentum, eps, activation, bits, ranks = call
         if training:
             y, stats, packed = verbs.forward(
                 x, weight, bias, running_mean, running_var, num_batches_tracked, residual,
-                momentum, eps, activation, bits, ranks,
+                momentum, eps, activation, bits, ranks, mask,
             )  # fmt: skip
         else:
             y, stats, packed = verbs.normalize(
-                x, running_mean, running_var, weight, bias, residual, eps, activation, bits
+                x, running_mean, running_var, weight, bias, residual, eps, activation, bits, mask
             )
         needs_sums = _needs_sums(ctx.needs_input_grad[1:4], training)
         keep_y = not bits and _keeps_slopes(activation, residual, needs_sums)
@@ -111,7 +113,7 @@ class BatchNorm(torch.autograd.Function):
         keep_x = recompute or needs_sums
         ctx.save_for_backward(
             x if keep_x else None, stats, weight, bias if recompute else None,
-            residual if recompute else None, packed if bits else y if keep_y else None,
+            residual if recompute else None, packed if bits else y if keep_y else None, mask,
         )  # fmt: skip
         ctx.bias_shape = None if bias is None else bias.shape
         ctx.verbs, ctx.training, ctx.eps, ctx.activation = verbs, training, eps, activation
@@ -123,7 +125,7 @@ class BatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, stats, weight, bias, residual, packed = ctx.saved_tensors
+        x, stats, weight, bias, residual, packed, mask = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:5]
         again = torch.is_grad_enabled()
         # Compiled autograd traces what eager calls have saved.
@@ -136,13 +138,13 @@ class BatchNorm(torch.autograd.Function):
             with torch.enable_grad():
                 gradients = reference.differentiable_backward(
                     dy, x, stats, weight, bias, residual, packed, ctx.activation, ctx.training,
-                    ctx.eps, needs, again,
+                    ctx.eps, needs, again, mask,
                 )  # fmt: skip
         else:
             with torch.no_grad() if again else nullcontext():
                 gradients = verbs.backward(
                     dy, x, stats, weight, bias, residual, packed, ctx.activation, ctx.training,
-                    needs, ctx.ranks,
+                    needs, ctx.ranks, mask,
                 )  # fmt: skip
             if again:
                 gradients = _only_once(gradients)
@@ -150,7 +152,7 @@ class BatchNorm(torch.autograd.Function):
         if dbias is not None and dbias.shape != ctx.bias_shape:
             dbias = dbias.view(ctx.bias_shape)
         # dbias may have another dtype than the bias: autograd casts it.
-        return None, dx, dweight, dbias, dresidual, None, None, None
+        return None, dx, dweight, dbias, dresidual, None, None, None, None
 
 
 def _batched(dy: Tensor) -> bool:
@@ -179,23 +181,23 @@ class Operators:
         self.keys = keys
 
     def forward(self, *arguments: Any) -> Any:
-        *tensors, activation, bits, ranks = arguments
+        *tensors, activation, bits, ranks, mask = arguments
         op = torch.ops.triton_bn.forward.default
         return op.redispatch(
-            self.keys, *tensors, *flat(activation), bits, *(ranks or (None, False))
+            self.keys, *tensors, *flat(activation), bits, *(ranks or (None, False)), mask
         )
 
     def normalize(self, *arguments: Any) -> Any:
-        *tensors, activation, bits = arguments
+        *tensors, activation, bits, mask = arguments
         op = torch.ops.triton_bn.normalize.default
-        return op.redispatch(self.keys, *tensors, *flat(activation), bits)
+        return op.redispatch(self.keys, *tensors, *flat(activation), bits, mask)
 
     @staticmethod
     def backward(*arguments: Any) -> Gradients:
-        *tensors, activation, training, needs, ranks = arguments
+        *tensors, activation, training, needs, ranks, mask = arguments
         group = None if ranks is None else ranks[0]
         gradients = torch.ops.triton_bn.backward(
-            *tensors, *flat(activation), training, needs, group
+            *tensors, *flat(activation), training, needs, group, mask
         )
         dx, dweight, dbias, dresidual = (
             g if needed else None for g, needed in zip(gradients, needs, strict=True)

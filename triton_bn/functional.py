@@ -93,24 +93,21 @@ def _batch_norm(
 
     With ``ranks``, input is this process's part of a training batch, and the caller is in ``ranks.together()``.
     """
-    if mask is not None:
-        if ranks is not None:
-            raise NotImplementedError("SyncBatchNorm over several processes takes no mask")
+    who = route(
+        input, weight, bias, running_mean, running_var, residual, mask,
+        batch_statistics=training, shared=ranks is not None,
+    )  # fmt: skip
+    if who == "torch" and mask is not None:
         momentum = None if momentum is None else _number("momentum", momentum)
         eps = _number("eps", eps)
         check(input, running_mean, running_var, weight, bias, training, eps)
         masked.check(mask, input, training)
-        if residual is not None:
-            _fuses(input, residual)
+        _fuses(input, residual)
         if input.numel() > 0:
             return masked.batch_norm(
                 input, mask, weight, bias, residual, running_mean, running_var,
                 num_batches_tracked, training, momentum, eps, activation,
             )  # fmt: skip
-    who = route(
-        input, weight, bias, running_mean, running_var, residual,
-        batch_statistics=training, shared=ranks is not None,
-    )  # fmt: skip
     if who == "torch":
         return _by_torch(
             input, running_mean, running_var, num_batches_tracked, weight, bias, training,
@@ -132,6 +129,8 @@ def _batch_norm(
                 f"expected input with {ranks.channels} channels (num_features), got {input.shape[1]}"
             )
         fused = _fuses(input, residual)
+    if mask is not None:
+        masked.check(mask, input, training and ranks is None)
     separate = None
     if residual is not None and not fused:
         separate, residual = (residual, activation), None
@@ -160,13 +159,16 @@ def _batch_norm(
         computer = operators if who == "operators" else autograd
         y = computer.batch_norm(
             input, weight, bias, residual, mean, var,
-            num_batches_tracked, training, momentum, eps, activation, ranks,
+            num_batches_tracked, training, momentum, eps, activation, ranks, mask,
         )  # fmt: skip
         if training:
             for given, dense in ((running_mean, mean), (running_var, var)):
                 if given is not None and given is not dense:
                     given.copy_(dense)  # type: ignore[arg-type]
-    if separate is not None:
+    if separate is not None and mask is not None:
+        rest = reference.selected(mask, separate[0])
+        y = reference.selected(mask, reference.activate(y + rest, separate[1]))
+    elif separate is not None:
         y = reference.activate(y + separate[0], separate[1])
     return y
 

@@ -38,6 +38,14 @@ from triton_bn.problem import Problem, aligned_like
 __all__ = ["backward", "forward", "merge", "normalize", "row"]
 
 
+#: A mask in the input's canonical block, uint8 [outer, inner]; and how many values of a channel take part, and behind
+#: that the first place in the block that does (backward needs no place). The latter is ``None`` where statistics are
+#: given, both are without a mask.
+Taking = tuple[Tensor | None, Tensor | None]
+
+ALL: Taking = (None, None)
+
+
 class Launch:
     """A kernel with all that does not change from one call to the next.
 
@@ -217,8 +225,8 @@ def _geometry(problem: Problem, tile: Tile) -> tuple[int, int, int]:
 
 
 def _room(problem: Problem, geometry: tuple[int, int, int]) -> tuple[int, int, int]:
-    """The shape of the partials that a launch of this geometry leaves."""
-    return 2, geometry[1] * geometry[2], problem.channels
+    """The shape of the partials that a launch of this geometry leaves: with a mask, counts as well."""
+    return 3 if problem.masked else 2, geometry[1] * geometry[2], problem.channels
 
 
 def _options(constants: Constants, tile: Tile, **options: Any) -> dict[str, Any]:
@@ -227,7 +235,8 @@ def _options(constants: Constants, tile: Tile, **options: Any) -> dict[str, Any]
 
 def _outputs(problem: Problem, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     y = torch.empty_like(x)
-    stats = x.new_empty(2, problem.channels, dtype=accumulator(problem))
+    rows = 3 if problem.masked and problem.training else 2  # the count, too
+    stats = x.new_empty(rows, problem.channels, dtype=accumulator(problem))
     packed = None
     if problem.bits:
         packed = x.new_empty(problem.outer, -(-problem.row // 8), dtype=torch.uint8)
@@ -257,30 +266,31 @@ def forward(
     residual: Tensor | None,
     momentum: float | None,
     eps: float,
+    taking: Taking = ALL,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Training: ``y``, ``stats`` (2, C) and the packed slopes; the running statistics advance in the same launch."""
     y, stats, packed = _outputs(problem, x)
     if residual is not None:
         residual = aligned_like(residual, y)
     first, second = _forward_launches(problem, plan)
-    given = (x, residual, weight, bias, running_mean, running_var, num_batches_tracked)
+    given = (x, residual, taking[0], weight, bias, running_mean, running_var, num_batches_tracked)
     affine, running = (weight, bias), (running_mean, running_var, num_batches_tracked)
     factor = _pair(0.0 if momentum is None else momentum)
     if plan.driver == "resident":
         run(
             first,
             given,
-            (x, y, residual, packed, affine, stats, running, factor, _regularizer(eps)),
+            (x, y, residual, packed, taking, affine, stats, running, factor, _regularizer(eps)),
         )
         return y, stats, packed
     partials = x.new_empty(*first.room, dtype=accumulator(problem))
     arguments = (
-        x, y, residual, packed, affine, stats, partials, running, factor, _regularizer(eps),
+        x, y, residual, packed, taking, affine, stats, partials, running, factor, _regularizer(eps),
     )  # fmt: skip
     if second is None:
         run(first, given, (*arguments, _counters(problem, plan, x)))
         return y, stats, packed
-    run(first, (x, num_batches_tracked), (x, partials, num_batches_tracked))
+    run(first, (x, taking[0], num_batches_tracked), (x, taking, partials, num_batches_tracked))
     run(second, given, arguments)
     return y, stats, packed
 
@@ -304,21 +314,21 @@ def _row_launches(problem: Problem, tile: Tile) -> tuple[Launch, Launch]:
     return first, Launch(row_kernel, programs, first.statics, constants)
 
 
-def row(problem: Problem, plan: Plan, x: Tensor, tag: int) -> Tensor:
+def row(problem: Problem, plan: Plan, x: Tensor, tag: int, taking: Taking = ALL) -> Tensor:
     """The row (:mod:`triton_bn.sync`) of x, (2 * C + 2,) of float64; ``tag`` stands for its dtype."""
     # A plan for given statistics has no tile to reduce by: the transform's walks x as well.
     first, second = _row_launches(problem, plan.reduce or plan.transform)
     partials = x.new_empty(*first.room, dtype=accumulator(problem))
-    run(first, (x, None), (x, partials, None))
+    run(first, (x, taking[0], None), (x, taking, partials, None))
     sent = x.new_empty(2 * problem.channels + 2, dtype=torch.float64)
-    run(second, (x,), (partials, x, sent, problem.count, tag))
+    run(second, (x, taking[1]), (partials, x, taking, sent, problem.count, tag))
     return sent
 
 
 @lru_cache(maxsize=4096)
-def _merge_launch(ranks: int, channels: int, cumulative: bool) -> Launch:
+def _merge_launch(ranks: int, channels: int, cumulative: bool, partly: bool) -> Launch:
     programs, constants = _vectors(channels, None, ranks, "fp64")
-    constants = {**constants, "CUMULATIVE": cumulative}
+    constants = {**constants, "CUMULATIVE": cumulative, "PARTLY": partly}
     return Launch(merge_rows_kernel, programs, (channels, ranks), constants)
 
 
@@ -329,11 +339,13 @@ def merge(
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
+    partly: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The rows of all ranks, (ranks, 2 * C + 2), merged in their order; the running statistics advance.
 
     Args:
         count: (C,), of the dtype that the result shall have; the count of all is written there.
+        partly: there is a mask, by which one value in all may take part.
 
     Returns:
         Mean and biased variance (2, C), undefined where no rank has a value; and a 1.0, or a 0.0 where the
@@ -343,7 +355,8 @@ def merge(
     moments, agree = count.new_empty((2, channels)), rows.new_empty(())
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
-    launch = _merge_launch(ranks, channels, momentum is None and num_batches_tracked is not None)
+    cumulative = momentum is None and num_batches_tracked is not None
+    launch = _merge_launch(ranks, channels, cumulative, partly)
     running = (running_mean, running_var, num_batches_tracked)
     factor = _pair(0.0 if momentum is None else momentum)
     run(launch, (rows, count, *running), (rows, moments, count, agree, running, factor))
@@ -375,6 +388,7 @@ def normalize(
     residual: Tensor | None,
     eps: float,
     stats: Tensor | None = None,
+    taking: Taking = ALL,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The transform by a given mean and biased variance, both (C,): ``y``, ``stats`` and the packed slopes.
 
@@ -386,9 +400,9 @@ def normalize(
         residual = aligned_like(residual, y)
     run(
         _normalize_launch(problem, plan),
-        (x, residual, weight, bias, mean, variance),
+        (x, residual, taking[0], weight, bias, mean, variance),
         (
-            x, y, residual, packed, (weight, bias), stats, None, (mean, variance, None), _pair(0.0),
+            x, y, residual, packed, (taking[0], None), (weight, bias), stats, None, (mean, variance, None), _pair(0.0),
             _regularizer(eps),
         ),
     )  # fmt: skip
@@ -403,6 +417,7 @@ def again(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    taking: Taking = ALL,
 ) -> Tensor:
     """The ``y`` of a forward whose ``stats`` these are: bit for bit, whatever driver it ran by."""
     y = torch.empty_like(x)
@@ -410,9 +425,9 @@ def again(
         residual = aligned_like(residual, y)
     run(
         _normalize_launch(problem, plan),
-        (x, residual, weight, bias, stats),
+        (x, residual, taking[0], weight, bias, stats),
         (
-            x, y, residual, None, (weight, bias), stats, None, (None, None, None), _pair(0.0),
+            x, y, residual, None, (taking[0], None), (weight, bias), stats, None, (None, None, None), _pair(0.0),
             _regularizer(0.0),
         ),
     )  # fmt: skip
@@ -434,7 +449,7 @@ def _backward_launches(
     needs_x, needs_weight, needs_bias, needs_residual = needs
     training = problem.training or shared
     sums = needs_weight or needs_bias or (needs_x and training)
-    stores = needs_x or (needs_residual and problem.activation is not None)
+    stores = needs_x or (needs_residual and not _passes(problem))
     if plan.driver == "resident" and sums:
         return _Backward(_resident(problem, plan, backward_kernel, TRAINING=training), None, None)
     if plan.driver == "streamed" and sums and stores:
@@ -458,6 +473,11 @@ def _backward_launches(
     return _Backward(None, reduce, Launch(backward_apply_kernel, programs, statics, constants))
 
 
+def _passes(problem: Problem) -> bool:
+    """Whether the residual's gradient is dy itself: where there is no activation, and all takes part."""
+    return problem.activation is None and not problem.masked
+
+
 def backward(
     problem: Problem,
     plan: Plan,
@@ -470,6 +490,7 @@ def backward(
     packed: Tensor | None,
     needs: tuple[bool, bool, bool, bool],
     share: Callable[[Tensor], None] | None = None,
+    taking: Taking = ALL,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """dx, dweight, dbias, dresidual, each where ``needs`` says so, else ``None``.
 
@@ -486,8 +507,7 @@ def backward(
     dx = like if needs_x else None
     dresidual = None
     if needs_residual:
-        # Without an activation the residual's gradient is dy itself.
-        dresidual = dy if problem.activation is None else torch.empty_like(like)
+        dresidual = dy if _passes(problem) else torch.empty_like(like)
     dweight = torch.empty_like(weight) if needs_weight and weight is not None else None
     # No bias where backward need not read it: all parameters share one dtype.
     dbias = None
@@ -495,10 +515,12 @@ def backward(
         template = weight if bias is None else bias
         dbias = torch.empty_like(stats[1] if template is None else template)
     affine, dparameters = (weight, bias), (dweight, dbias)
-    stored = None if problem.activation is None else dresidual
+    stored = None if _passes(problem) else dresidual
     whole, reduce, apply = _backward_launches(problem, plan, needs, share is not None)
-    given = (dy, x, residual, packed, weight, bias, stats)
-    read = (dy, x, residual, packed, affine, stats)
+    if share is not None:
+        taking = (taking[0], None)  # the sums become means
+    given = (dy, x, residual, packed, *taking, weight, bias, stats)
+    read = (dy, x, residual, packed, taking, affine, stats)
     gradients = (dx, dweight, dbias, dresidual)
     if whole is not None and plan.driver == "resident":
         run(whole, given, (*read, dx, stored, dparameters))

@@ -14,7 +14,7 @@ from triton_bn import reference
 from triton_bn.problem import Activation, require_tensor
 from triton_bn.route import readable
 
-__all__ = ["batch_norm", "check", "selected"]
+__all__ = ["batch_norm", "check", "laid_out"]
 
 
 def check(mask: Tensor, input: Tensor, training: bool) -> None:
@@ -45,9 +45,17 @@ def check(mask: Tensor, input: Tensor, training: bool) -> None:
         )
 
 
-def selected(mask: Tensor, values: Tensor) -> Tensor:
-    """``values`` (N, C, *), and 0 where the mask (N, *) leaves them out."""
-    return torch.where(mask.unsqueeze(1), values, 0)
+def laid_out(mask: Tensor | None, x: Tensor, counted: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The mask for the kernels: in the canonical block of x, and where ``counted`` how many values of a channel take
+    part and the first place that does, which nobody waits for (:data:`triton_bn.launch.Taking`)."""
+    if mask is None:
+        return None, None
+    (outer, _, inner), order = reference.block(x)
+    rest = mask.permute([d - (d > 1) for d in order if d != 1])
+    block = rest.reshape(outer, inner).contiguous().view(torch.uint8)
+    if not counted:
+        return block, None
+    return block, torch.stack([block.sum(dtype=torch.int64), block.view(-1).argmax()])
 
 
 def batch_norm(
@@ -70,38 +78,28 @@ def batch_norm(
     all the rules that PyTorch's operators have. The residual is added as ``+`` adds it.
     """
     acc = reference.accumulator(x.dtype)
-    takes = mask.unsqueeze(1)
     if training:
-        base = _first(x, mask).to(acc)
-        base = torch.where(base.isfinite(), base, 0)
-        d = torch.where(takes, x.to(acc), _beside(base, x)) - _beside(base, x)
-        count = mask.sum().to(acc)
-        k = count.clamp_min(1)
-        mean = _sum(d) / k
-        d = torch.where(takes, d - _beside(mean, x), 0)
-        rest = _sum(d) / k
-        d = torch.where(takes, d - _beside(rest, x), 0)
-        m2 = _sum(d.square())
+        base, mean, rest, m2, count, d = reference.taking(x, mask)
         with torch.no_grad():
             reference.update_running(
                 base + mean + rest, m2, count, running_mean, running_var, num_batches_tracked, momentum
             )  # fmt: skip
-        invstd = reference.inverse_std(m2 / k, eps)
+        invstd = reference.inverse_std(m2 / count.clamp_min(1), eps)
     else:
         assert running_mean is not None and running_var is not None
         mean = running_mean.reshape(-1).to(acc)
-        d = torch.where(takes, x.to(acc) - _beside(mean, x), 0)
+        d = reference.selected(mask, x.to(acc) - _beside(mean, x))
         invstd = reference.inverse_std(running_var.reshape(-1).to(acc), eps)
     z = d * _beside(invstd if weight is None else invstd * weight.reshape(-1).to(acc), x)
     if bias is not None:
         z = z + _beside(bias.reshape(-1).to(acc), x)
     if residual is not None:
-        residual = selected(mask, residual)
+        residual = reference.selected(mask, residual)
         if residual.shape != x.shape or residual.dtype != x.dtype:  # broadcast, promoted
-            z = selected(mask, reference.activate(z.to(x.dtype) + residual, activation))
+            z = reference.selected(mask, reference.activate(z.to(x.dtype) + residual, activation))
             return z
         z = z + residual
-    y = selected(mask, reference.activate(z, activation)).to(x.dtype)
+    y = reference.selected(mask, reference.activate(z, activation)).to(x.dtype)
     if torch.compiler.is_compiling() or y.stride() == x.stride():
         return y
     return reference.in_layout(y, x.stride())
@@ -110,18 +108,3 @@ def batch_norm(
 def _beside(v: Tensor, x: Tensor) -> Tensor:
     """(C,) → (C, 1, ...), to stand beside x."""
     return v.reshape(-1, *[1] * (x.dim() - 2))
-
-
-def _sum(x: Tensor) -> Tensor:
-    return x.sum([d for d in range(x.dim()) if d != 1])
-
-
-def _first(x: Tensor, mask: Tensor) -> Tensor:
-    """(C,): of each channel the first value that takes part; some value where none does. A constant of x."""
-    place = mask.reshape(-1).int().argmax().view(1)
-    index: list[Tensor | slice] = []
-    for size in reversed(mask.shape):
-        index.insert(0, place % size)
-        place = place // size
-    index.insert(1, slice(None))
-    return x.detach()[tuple(index)].reshape(-1)

@@ -35,6 +35,7 @@ def batch_norm(
     eps: float,
     activation: Activation | None,
     ranks: Ranks | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """:func:`triton_bn.autograd.batch_norm` by the registered operators."""
     bits = keeps_bits(x, weight, bias, residual, training, activation)
@@ -43,10 +44,10 @@ def batch_norm(
     if training:
         return torch.ops.triton_bn.forward(
             x, weight, bias, running_mean, running_var, num_batches_tracked, residual,
-            momentum, eps, *flat(activation), bits, *_named(ranks),
+            momentum, eps, *flat(activation), bits, *_named(ranks), mask,
         )[0]  # fmt: skip
     return torch.ops.triton_bn.normalize(
-        x, running_mean, running_var, weight, bias, residual, eps, *flat(activation), bits
+        x, running_mean, running_var, weight, bias, residual, eps, *flat(activation), bits, mask
     )[0]
 
 
@@ -61,15 +62,16 @@ _library = torch.library.Library("triton_bn", "DEF")
 _library.define(
     "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "Tensor(c!)? num_batches_tracked, Tensor? residual, float? momentum, float eps, str? activation, "
-    "float? parameter, bool bits, str? group, bool ask) -> (Tensor, Tensor, Tensor)"
+    "float? parameter, bool bits, str? group, bool ask, Tensor? mask) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "normalize(Tensor x, Tensor mean, Tensor variance, Tensor? weight, Tensor? bias, Tensor? residual, "
-    "float eps, str? activation, float? parameter, bool bits) -> (Tensor, Tensor, Tensor)"
+    "float eps, str? activation, float? parameter, bool bits, Tensor? mask) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "backward(Tensor dy, Tensor? x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, "
-    "Tensor? packed, str? activation, float? parameter, bool training, bool[4] needs, str? group) "
+    "Tensor? packed, str? activation, float? parameter, bool training, bool[4] needs, str? group, "
+    "Tensor? mask) "
     "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -80,26 +82,26 @@ def _activation(name: str | None, parameter: float | None) -> Activation | None:
 
 def _forward_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     tensors: list[Any]
-    *tensors, name, parameter, bits, group, ask = arguments
+    *tensors, name, parameter, bits, group, ask, mask = arguments
     ranks = None if group is None else Ranks.named(group, tensors[0], ask)
-    others = (_activation(name, parameter), bits, ranks)
+    others = (_activation(name, parameter), bits, ranks, mask)
     with nullcontext() if ranks is None else ranks.together():
         y, stats, packed = verbs.forward(*(*tensors, *others))
     return y, stats, absent(y, torch.uint8) if packed is None else packed
 
 
 def _normalize_op(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, name, parameter, bits = arguments
-    others = (_activation(name, parameter), bits)
+    *tensors, name, parameter, bits, mask = arguments
+    others = (_activation(name, parameter), bits, mask)
     y, stats, packed = verbs.normalize(*(*tensors, *others))
     return y, stats, absent(y, torch.uint8) if packed is None else packed
 
 
 def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
-    dy, *_, name, parameter, training, needs, group = arguments
+    dy, *_, name, parameter, training, needs, group, mask = arguments
     ranks = None if group is None else Ranks.named(group, dy, False)
-    others = (_activation(name, parameter), training, tuple(needs), ranks)
-    gradients = verbs.backward(*(*arguments[:-5], *others))
+    others = (_activation(name, parameter), training, tuple(needs), ranks, mask)
+    gradients = verbs.backward(*(*arguments[:-6], *others))
     # An operator's outputs are its own: without an activation dresidual is dy itself.
     return tuple(absent(dy) if g is None else g.clone() if g is dy else g for g in gradients)
 
@@ -122,17 +124,17 @@ def _autograd_op(op: str, split: Callable[..., tuple[Any, ...]]) -> Callable[...
 def _split_forward(*arguments: Any) -> tuple[Any, ...]:
     (
         x, weight, bias, mean, var, tracked, residual, momentum, eps, name, parameter, bits,
-        group, ask,
+        group, ask, mask,
     ) = arguments  # fmt: skip
     ranks = None if group is None else (group, ask)
     options = True, momentum, eps, _activation(name, parameter), bits, ranks
-    return (x, weight, bias, residual, mean, var, tracked), options
+    return (x, weight, bias, residual, mean, var, tracked, mask), options
 
 
 def _split_normalize(*arguments: Any) -> tuple[Any, ...]:
-    x, mean, var, weight, bias, residual, eps, name, parameter, bits = arguments
+    x, mean, var, weight, bias, residual, eps, name, parameter, bits, mask = arguments
     options = False, 0.0, eps, _activation(name, parameter), bits
-    return (x, weight, bias, residual, mean, var, None), options
+    return (x, weight, bias, residual, mean, var, None, mask), options
 
 
 for _name, _implementation, _split in (
@@ -146,13 +148,13 @@ _library.impl("backward", _backward_op, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("triton_bn::forward", lib=_library)
 def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, bits, group, _ = others
-    return fake_outputs(x, bits, 2 if group is None else 3)
+    *_, bits, group, _, mask = others
+    return fake_outputs(x, bits, 2 if group is None and mask is None else 3)
 
 
 @torch.library.register_fake("triton_bn::normalize", lib=_library)
 def _(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_outputs(x, others[-1])
+    return fake_outputs(x, others[-2])
 
 
 @torch.library.register_fake("triton_bn::backward", lib=_library)
@@ -168,5 +170,5 @@ def _(
     wanted = (like, weight, next(t for t in (bias, weight, stats[1]) if t is not None), like)
     return tuple(
         torch.empty_like(t) if needed and t is not None else absent(dy)
-        for t, needed in zip(wanted, others[-2], strict=True)
+        for t, needed in zip(wanted, others[-3], strict=True)
     )

@@ -201,6 +201,8 @@ class Problem:
     cumulative: bool = False
     #: Backward reads y, which tells the activation's slope.
     output: bool = False
+    #: A mask says which values take part.
+    masked: bool = False
 
     __hash__ = hash_once
     __getstate__ = without_hash
@@ -252,7 +254,7 @@ class Problem:
             parts.append("add")
         if self.activation is not None:
             parts.append(str(self.activation))
-        parts += [name for name in ("bits", "cumulative", "output") if getattr(self, name)]
+        parts += [n for n in ("bits", "cumulative", "output", "masked") if getattr(self, n)]
         mode = "training" if self.training else "eval"
         return f"{self.direction} {mode} " + " ".join(parts)
 
@@ -306,9 +308,10 @@ def describe(
     bits: bool = False,
     cumulative: bool = False,
     output: bool = False,
+    masked: bool = False,
 ) -> tuple[Problem, Tensor]:
     """The problem of an input (N, C, *), and the input, or its copy where it has no canonical view."""
-    flags = (direction, training, residual, activation, bits, cumulative, output)
+    flags = (direction, training, residual, activation, bits, cumulative, output, masked)
     problem = _described(x.shape, x.stride(), x.dtype, x.data_ptr() % 16, *flags)
     if problem is None:
         x = torch.empty_like(x).copy_(x)
@@ -330,6 +333,7 @@ def _described(
     bits: bool,
     cumulative: bool,
     output: bool,
+    masked: bool,
 ) -> Problem | None:
     view = canonical(tuple(shape), strides)
     if view is None:
@@ -351,7 +355,7 @@ def _described(
         vector //= 2
     return Problem(
         direction, *sizes, steps, dtype, vector, training, activation, residual, bits, cumulative,
-        output,
+        output, masked,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,8 @@ __all__ = [
     "moments",
     "normalize",
     "row",
+    "selected",
+    "taking",
     "update_running",
 ]
 
@@ -109,8 +112,57 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return base.reshape(-1), mean, rest, m2
 
 
-def row(x: Tensor, tag: int) -> Tensor:
+def selected(mask: Tensor, values: Tensor) -> Tensor:
+    """``values`` (N, C, *), and 0 where the mask (N, *) leaves them out."""
+    return torch.where(mask.unsqueeze(1), values, 0)
+
+
+class Taking(NamedTuple):
+    """Moments of what takes part: the mean in the three parts of :func:`_moments`, and the deviations from it."""
+
+    base: Tensor
+    mean: Tensor
+    rest: Tensor
+    m2: Tensor
+    values: Tensor
+    centered: Tensor
+
+
+def taking(x: Tensor, mask: Tensor) -> Taking:
+    """The moments of what takes part by a mask (N, *): what is left out is replaced before any arithmetic.
+
+    The count is a tensor, for which nothing has waited; without a value the moments are 0.
+    """
+    acc, takes = accumulator(x.dtype), mask.unsqueeze(1)
+    base = _first(x, mask).to(acc)
+    base = torch.where(base.isfinite(), base, 0)
+    count = mask.sum().to(acc)
+    k = count.clamp_min(1)
+    d = torch.where(takes, x.to(acc), _channelwise(base, x)) - _channelwise(base, x)
+    mean = d.sum(_reduced(x)) / k
+    d = torch.where(takes, d - _channelwise(mean, x), 0)
+    rest = d.sum(_reduced(x)) / k
+    d = torch.where(takes, d - _channelwise(rest, x), 0)
+    return Taking(base, mean, rest, d.square().sum(_reduced(x)), count, d)
+
+
+def _first(x: Tensor, mask: Tensor) -> Tensor:
+    """(C,): of each channel the first value that takes part; some value where none does. A constant of x."""
+    place = mask.reshape(-1).int().argmax().view(1)
+    index: list[Tensor | slice] = []
+    for size in reversed(mask.shape):
+        index.insert(0, place % size)
+        place = place // size
+    index.insert(1, slice(None))
+    return x.detach()[tuple(index)].reshape(-1)
+
+
+def row(x: Tensor, tag: int, mask: Tensor | None = None) -> Tensor:
     """The row (:mod:`triton_bn.sync`) of x, (2 * C + 2,) of float64: mean, M2, count and tag."""
+    if mask is not None:
+        base, mean, rest, m2, count, _ = (t.double() for t in taking(x, mask))
+        ends = torch.stack([count, count.new_tensor(tag)])
+        return torch.cat([base + mean + rest, m2, ends])
     base, mean, rest, m2 = (t.double() for t in _moments(x))
     return torch.cat([base + mean + rest, m2, m2.new_tensor([x.numel() // x.shape[1], tag])])
 
@@ -206,8 +258,14 @@ def normalize(
     residual: Tensor | None,
     activation: Activation | None,
     bits: bool = False,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The transform: ``y`` like x, and with ``bits`` the packed slopes (:func:`pack`), else ``None``."""
+    if mask is not None:
+        left, residual = (None if t is None else selected(mask, t) for t in (x, residual))
+        assert left is not None
+        y, packed = normalize(left, mean, invstd, weight, bias, residual, activation, bits)
+        return torch.empty_like(x).copy_(selected(mask, y)), packed
     z = _preactivation(x, mean, invstd, weight, bias, residual)
     packed = None
     if bits and activation is not None:
@@ -228,16 +286,25 @@ def forward(
     eps: float,
     activation: Activation | None,
     bits: bool = False,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Training: moments, running statistics and transform. Returns ``y``, ``stats`` and the packed slopes.
 
-    ``stats`` is (2, C) of the accumulation dtype: mean and invstd, which backward needs.
+    ``stats`` is (2, C) of the accumulation dtype: mean and invstd, which backward needs, with a mask (3, C): the
+    count, too.
     """
-    mean, m2 = moments(x)
-    count = x.numel() // x.shape[1]
+    count: int | Tensor
+    if mask is None:
+        mean, m2 = moments(x)
+        count = x.numel() // x.shape[1]
+        stats = torch.stack([mean, inverse_std(m2 / count, eps)])
+    else:
+        base, mean, rest, m2, count, _ = taking(x, mask)
+        mean = base + mean + rest
+        invstd = inverse_std(m2 / count.clamp_min(1), eps)
+        stats = torch.stack([mean, invstd, count.expand_as(mean)])
     update_running(mean, m2, count, running_mean, running_var, num_batches_tracked, momentum)
-    stats = torch.stack([mean, inverse_std(m2 / count, eps)])
-    y, packed = normalize(x, stats[0], stats[1], weight, bias, residual, activation, bits)
+    y, packed = normalize(x, stats[0], stats[1], weight, bias, residual, activation, bits, mask)
     return y, stats, packed
 
 
@@ -289,7 +356,7 @@ def backward_apply(
     packed: Tensor | None,
     activation: Activation | None,
     sums: Tensor | None,
-    count: int,
+    count: int | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """dx and dresidual, like dy. ``sums`` of :func:`backward_reduce` over ``count`` values a channel;
     ``None`` for running statistics, whose dx is the first factor alone (and needs no x without an
@@ -320,12 +387,15 @@ def differentiable_backward(
     eps: float,
     needs: tuple[bool, bool, bool, bool],
     create_graph: bool = True,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """dx, dweight, dbias and dresidual in operators that have derivatives themselves.
 
     The forward is taken once more and differentiated, with respect to aliases of the tensors, so that
     one tensor in two places (x and residual, say) gets the gradient of each place.
     """
+    if mask is not None:
+        dy = selected(mask, dy)
     if x is None:  # linear in dy: running statistics, and no slope or one that was kept
         dx, dresidual = backward_apply(
             dy, x, stats, weight, bias, residual, packed, activation, None, 1
@@ -335,9 +405,15 @@ def differentiable_backward(
     x, weight, bias, residual = places
     assert x is not None
     mean, invstd = stats[0], stats[1]
-    if training:
+    if training and mask is not None:
+        base, mean, rest, m2, count, _ = taking(x, mask)
+        mean, invstd = base + mean + rest, inverse_std(m2 / count.clamp_min(1), eps)
+    elif training:
         mean, m2 = moments(x)
         invstd = (m2 / (x.numel() // x.shape[1]) + eps).rsqrt()
+    if mask is not None:
+        x, residual = (None if t is None else selected(mask, t) for t in (x, residual))
+        assert x is not None
     g = dy.to(stats.dtype)
     if packed is not None:
         g = _gradient(dy, x, stats, None, None, None, packed, activation)
@@ -356,7 +432,7 @@ def differentiable_backward(
     return tuple(gradients)
 
 
-def _block(x: Tensor) -> tuple[tuple[int, int, int], list[int]]:
+def block(x: Tensor) -> tuple[tuple[int, int, int], list[int]]:
     """Canonical sizes of ``torch.empty_like(x)``, and the order of its dimensions in memory."""
     layout = torch.empty_like(x, device="meta")
     view = canonical(tuple(layout.shape), layout.stride())
@@ -376,7 +452,7 @@ def pack(bit: Tensor, x: Tensor) -> Tensor:
     The bits of a row of the canonical block (:mod:`triton_bn.problem`) follow one another as its values
     do in memory, so that kernels read and write them beside the values.
     """
-    (outer, channels, inner), order = _block(x)
+    (outer, channels, inner), order = block(x)
     rows = bit.permute(order).reshape(outer, channels * inner).to(torch.uint8)
     rows = F.pad(rows, (0, -rows.shape[1] % 8)).reshape(outer, -1, 8)
     weights = torch.tensor([1 << i for i in range(8)], dtype=torch.uint8, device=bit.device)
@@ -385,7 +461,7 @@ def pack(bit: Tensor, x: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, x: Tensor) -> Tensor:
     """The inverse of :func:`pack`: booleans of x's shape."""
-    (_, channels, inner), order = _block(x)
+    (_, channels, inner), order = block(x)
     shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     rows = (packed.unsqueeze(-1) >> shifts & 1).flatten(1)[:, : channels * inner]
     permuted = rows.reshape([x.shape[d] for d in order])

@@ -114,8 +114,12 @@ class Ranks:
                     self.gather(row)
             raise
 
-    def verify(self, rows: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    def verify(
+        self, rows: Tensor, dtypes: tuple[torch.dtype, ...], *, partly: bool = False
+    ) -> None:
         """Looks at gathered rows on a CPU; a tag is an index of ``dtypes``.
+
+        ``partly``: one value in all may take part by a mask.
 
         Raises:
             RuntimeError: on every rank, where a rank failed or the dtypes differ.
@@ -132,7 +136,7 @@ class Ranks:
             raise RuntimeError(
                 f"SyncBatchNorm: the ranks disagree on the input's dtype: {_by_rank(names)}"
             )
-        if sum(counts) == 1:
+        if sum(counts) == 1 and not partly:
             raise ValueError(
                 "Expected more than 1 value per channel when training, got 1 on all ranks together"
             )

@@ -5,10 +5,14 @@ Eager calls, the autograd function and the registered operators all end here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from triton_bn import reference
+from triton_bn.masked import laid_out
 from triton_bn.plan import Device, Plans
 from triton_bn.problem import FLOATING, Activation, Problem, canonical, describe, gradient_of
 from triton_bn.route import kernels
@@ -46,20 +50,22 @@ def forward(
     activation: Activation | None,
     bits: bool,
     ranks: Ranks | None = None,
+    mask: Tensor | None = None,
 ) -> Outputs:
     """Training: y, stats (2, C) and, with bits, the packed slopes; running statistics advance in place.
 
-    With ``ranks``, x is this process's part of the batch, and stats has a third row: the batch's count.
+    With ``ranks``, x is this process's part of the batch. Then, and with a ``mask`` (N, *), stats has a third row:
+    how many values of a channel the batch has.
     """
     if ranks is not None:
         running = (running_mean, running_var, num_batches_tracked)
         return _forward_shared(
-            ranks, x, weight, bias, running, residual, momentum, eps, activation, bits
+            ranks, x, weight, bias, running, residual, momentum, eps, activation, bits, mask
         )
     if not use_kernels(x):
         return reference.forward(
             x, weight, bias, running_mean, running_var, num_batches_tracked, residual,
-            momentum, eps, activation, bits,
+            momentum, eps, activation, bits, mask,
         )  # fmt: skip
     problem, x = describe(
         x,
@@ -70,10 +76,11 @@ def forward(
         cumulative=momentum is None
         and num_batches_tracked is not None
         and running_mean is not None,
+        masked=mask is not None,
     )
     return kernels().forward(
         problem, resolve(problem, Device.current(x.device)), x, weight, bias, running_mean, running_var,
-        num_batches_tracked, residual, momentum, eps,
+        num_batches_tracked, residual, momentum, eps, laid_out(mask, x, True),
     )  # fmt: skip
 
 
@@ -88,6 +95,7 @@ def _forward_shared(
     eps: float,
     activation: Activation | None,
     bits: bool,
+    mask: Tensor | None,
 ) -> Outputs:
     """The halves of :func:`forward`, with the collective between them."""
     ranks.agree()
@@ -97,18 +105,24 @@ def _forward_shared(
         row[-1] = tag
     elif ours:
         problem, x = describe(
-            x, training=False, residual=residual is not None, activation=activation, bits=bits
+            x,
+            training=False,
+            residual=residual is not None,
+            activation=activation,
+            bits=bits,
+            masked=mask is not None,
         )
         plan = resolve(problem, Device.current(x.device))
-        row = kernels().row(problem, plan, x, tag)
+        taking = laid_out(mask, x, True)
+        row = kernels().row(problem, plan, x, tag, taking)
     else:
-        row = reference.row(x, tag)
+        row = reference.row(x, tag, mask)
     rows = ranks.gather(row)
     if x.device.type == "cpu":
-        ranks.verify(rows, FLOATING)
+        ranks.verify(rows, FLOATING, partly=mask is not None)
     stats = x.new_empty((3, x.shape[1]), dtype=reference.accumulator(x.dtype))
     if ours:
-        moments, agree = kernels().merge(rows, stats[2], *running, momentum)
+        moments, agree = kernels().merge(rows, stats[2], *running, momentum, mask is not None)
         if x.device.type != "cpu":
             torch._assert_async(agree, DISAGREE)
     else:
@@ -120,10 +134,10 @@ def _forward_shared(
     mean, variance = moments.unbind()
     if ours:
         return kernels().normalize(
-            problem, plan, x, mean, variance, weight, bias, residual, eps, stats
+            problem, plan, x, mean, variance, weight, bias, residual, eps, stats, taking
         )
     y, stats[:2], packed = normalize(
-        x, mean, variance, weight, bias, residual, eps, activation, bits
+        x, mean, variance, weight, bias, residual, eps, activation, bits, mask
     )
     return y, stats, packed
 
@@ -138,17 +152,23 @@ def normalize(
     eps: float,
     activation: Activation | None,
     bits: bool,
+    mask: Tensor | None = None,
 ) -> Outputs:
     """The transform by a given mean and biased variance (C,): y, stats (2, C) and the packed slopes."""
     if not use_kernels(x):
         acc = reference.accumulator(x.dtype)
         stats = torch.stack([mean.to(acc), reference.inverse_std(variance.to(acc), eps)])
         y, packed = reference.normalize(
-            x, stats[0], stats[1], weight, bias, residual, activation, bits
+            x, stats[0], stats[1], weight, bias, residual, activation, bits, mask
         )
         return y, stats, packed
     problem, x = describe(
-        x, training=False, residual=residual is not None, activation=activation, bits=bits
+        x,
+        training=False,
+        residual=residual is not None,
+        activation=activation,
+        bits=bits,
+        masked=mask is not None,
     )
     return kernels().normalize(
         problem,
@@ -160,12 +180,14 @@ def normalize(
         bias,
         residual,
         eps,
+        taking=laid_out(mask, x, False),
     )
 
 
 def again(
     x: Tensor,
     residual: Tensor | None,
+    mask: Tensor | None,
     stats: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -173,10 +195,19 @@ def again(
 ) -> Tensor:
     """The y of an earlier :func:`forward` or :func:`normalize`, of which ``stats`` is: bit for bit."""
     if not use_kernels(x):
-        return reference.normalize(x, stats[0], stats[1], weight, bias, residual, activation)[0]
-    problem, x = describe(x, training=False, residual=residual is not None, activation=activation)
+        return reference.normalize(
+            x, stats[0], stats[1], weight, bias, residual, activation, False, mask
+        )[0]
+    problem, x = describe(
+        x,
+        training=False,
+        residual=residual is not None,
+        activation=activation,
+        masked=mask is not None,
+    )
     plan = usual(problem, Device.current(x.device))
-    return kernels().again(problem, plan, x, stats, weight, bias, residual)
+    taking = laid_out(mask, x, False)
+    return kernels().again(problem, plan, x, stats, weight, bias, residual, taking)
 
 
 def backward(
@@ -191,19 +222,20 @@ def backward(
     training: bool,
     needs: tuple[bool, bool, bool, bool],
     ranks: Ranks | None = None,
+    mask: Tensor | None = None,
 ) -> Gradients:
     """dx, dweight, dbias and dresidual, each where needed.
 
     ``bias`` may be ``None`` where no slope is taken of z; dbias is (C,) then, of the weight's dtype or that of stats.
 
-    With ``ranks``, x is this process's part of the batch, and stats has a third row: the batch's count.
+    With ``ranks``, x is this process's part of the batch. ``stats`` is as :func:`forward` left it.
     """
 
     def means(sums: Tensor) -> None:
         """The sums of this process → the means over the batch."""
         assert ranks is not None
         ranks.add(sums)
-        sums /= stats[2]
+        sums /= stats[2] if mask is None else stats[2].clamp_min(1)
 
     if ranks is not None and dy.numel() == 0:
         if needs[0]:
@@ -228,11 +260,45 @@ def backward(
             activation=activation,
             bits=packed is not None,
             output=output,
+            masked=mask is not None,
         )
+        taking = laid_out(mask, dy if x is None else x, False)
+        if mask is not None and problem.training:
+            taking = (taking[0], stats[2])
         return kernels().backward(
             problem, resolve(problem, Device.current(dy.device)), dy, None if x is None else seen, stats,
-            weight, bias, residual, packed, needs, share,
+            weight, bias, residual, packed, needs, share, taking,
         )  # fmt: skip
+    if mask is not None:
+        like, left = dy if x is None else x, partial(reference.selected, mask)
+        x, residual = (None if t is None else left(t) for t in (x, residual))
+        dx, dweight, dbias, dresidual = _by_reference(
+            left(dy), x, stats, weight, bias, residual, packed, activation, training, needs, share, True
+        )  # fmt: skip
+        dx, dresidual = (
+            None if t is None else torch.empty_like(like).copy_(left(t)) for t in (dx, dresidual)
+        )
+        return dx, dweight, dbias, dresidual
+    return _by_reference(
+        dy, x, stats, weight, bias, residual, packed, activation, training, needs, share, False
+    )
+
+
+def _by_reference(
+    dy: Tensor,
+    x: Tensor | None,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    packed: Tensor | None,
+    activation: Activation | None,
+    training: bool,
+    needs: tuple[bool, bool, bool, bool],
+    share: Callable[[Tensor], None] | None,
+    masked: bool,
+) -> Gradients:
+    """:func:`backward` in plain torch. ``masked``: 0 where nothing takes part, which ``stats`` has the number of."""
     needs_x, needs_weight, needs_bias, needs_residual = needs
     kept = (stats, weight, bias, residual, packed, activation)
     dx = dweight = dbias = dresidual = sums = None
@@ -244,7 +310,9 @@ def backward(
         if needs_bias:
             dbias = sums[0]
     if needs_x or needs_residual:
-        count = dy.numel() // dy.shape[1]
+        count: int | Tensor = dy.numel() // dy.shape[1]
+        if masked and training and share is None:
+            count = stats[2].clamp_min(1)
         if share is not None and sums is not None and needs_x:
             sums = sums.clone()  # of which dbias may be a part
             share(sums)

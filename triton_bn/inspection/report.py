@@ -265,20 +265,27 @@ def _run(problem: Problem, plan: Plan) -> None:
     tracked = torch.empty((), dtype=torch.int64, device="meta")
     residual = like if problem.residual or problem.output else None
     affine = vector, vector
+    taking: launch.Taking = launch.ALL
+    if problem.masked:
+        mask = torch.empty(problem.outer, problem.inner, dtype=torch.uint8, device="meta")
+        taking = mask, tracked.new_empty(2) if problem.training else None
     if problem.direction == "backward":
         bits = None
         if problem.bits:
             pitch = -(-problem.row // 8)
             bits = torch.empty(problem.outer, pitch, dtype=torch.uint8, device="meta")
         needs = (True, True, True, _stores_residual(problem))
-        stats = torch.empty(2, problem.channels, dtype=vector.dtype, device="meta")
-        launch.backward(problem, plan, like, x, stats, *affine, residual, bits, needs)
+        stats = torch.empty(2 + problem.masked, problem.channels, dtype=vector.dtype, device="meta")
+        taking = taking[0], stats[2] if taking[1] is not None else None
+        launch.backward(
+            problem, plan, like, x, stats, *affine, residual, bits, needs, taking=taking
+        )
     elif problem.training:
         momentum = None if problem.cumulative else 0.1
         running = vector, vector, tracked
-        launch.forward(problem, plan, x, *affine, *running, residual, momentum, 1e-5)
+        launch.forward(problem, plan, x, *affine, *running, residual, momentum, 1e-5, taking)
     else:
-        launch.normalize(problem, plan, x, vector, vector, *affine, residual, 1e-5)
+        launch.normalize(problem, plan, x, vector, vector, *affine, residual, 1e-5, taking=taking)
 
 
 def _input(problem: Problem) -> Tensor:

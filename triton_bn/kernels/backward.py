@@ -18,12 +18,15 @@ from triton_bn.kernels.forward import column_affine, load_residual, preactivatio
 from triton_bn.kernels.moments import partial_shares
 from triton_bn.kernels.tile import (
     fold_sums,
+    how_many,
     index,
     load_chunk,
     load_columns,
+    load_takes,
     owns,
     row_length,
     row_range,
+    select,
     spread,
     store_dense,
     tile_columns,
@@ -61,28 +64,31 @@ def unpack(packed, T: tl.constexpr):
 
 
 @triton.jit
-def gradient_tile(dy, x, residual, packed, u: tl.constexpr, affine, T: tl.constexpr):
+def gradient_tile(dy, x, residual, packed, takes, u: tl.constexpr, affine, T: tl.constexpr):
     """g [R, K] of a chunk's tile u: dy as it came where there is no activation, else of the accumulation dtype.
 
     The slope is in the packed bits, or told by y (in the residual's place), or follows from x and the
     residual, if any.
     """
     if T.KIND is None:
-        return dy[u]
+        return select(takes, u, dy[u])
     elif len(packed) > 0:
-        return gradient_by_bit(dy[u].to(tl.dtype(T.ACC)), unpack(packed[u], T), T)
+        return select(takes, u, gradient_by_bit(dy[u].to(tl.dtype(T.ACC)), unpack(packed[u], T), T))
     elif T.OUTPUT:
         bit = steep(residual[u].to(tl.dtype(T.ACC)), T)
-        return gradient_by_bit(dy[u].to(tl.dtype(T.ACC)), bit, T)
+        return select(takes, u, gradient_by_bit(dy[u].to(tl.dtype(T.ACC)), bit, T))
     else:
-        return gradient(dy[u].to(tl.dtype(T.ACC)), preactivation(x, residual, u, affine, T), T)
+        g = gradient(dy[u].to(tl.dtype(T.ACC)), preactivation(x, residual, u, affine, T), T)
+        return select(takes, u, g)
 
 
 @triton.jit
-def add_tile(sums, g, x, affine, T: tl.constexpr):
+def add_tile(sums, g, x, takes, u: tl.constexpr, affine, T: tl.constexpr):
     """The sums of the slots [R, K], with one more tile."""
     g = g.to(tl.dtype(T.ACC))
-    return Sums(sums.g + g, sums.product + g * (x.to(tl.dtype(T.ACC)) - affine.mean))
+    total = sums.g + g
+    centered = select(takes, u, x[u].to(tl.dtype(T.ACC)) - affine.mean)
+    return Sums(total, sums.product + g * centered)
 
 
 @triton.jit
@@ -134,6 +140,8 @@ def project(sums, count, invstd, affine, columns, T: tl.constexpr):
 def store_gradients(
     g,
     x,
+    takes,
+    u: tl.constexpr,
     p_dx,
     p_dresidual,
     n,
@@ -153,13 +161,14 @@ def store_gradients(
             dx = g.to(tl.dtype(T.ACC)) * affine.scale
         else:
             dx = tl.fma(g.to(tl.dtype(T.ACC)), affine.scale, lost.g)
-            dx = tl.fma(x.to(tl.dtype(T.ACC)) - affine.mean, lost.product, dx)
+            dx = tl.fma(x[u].to(tl.dtype(T.ACC)) - affine.mean, lost.product, dx)
+            dx = select(takes, u, dx)
         store_dense(p_dx, dx, n, n_end, row, columns, RAGGED, T)
 
 
 @triton.jit
 def reduce_item(
-    p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_partials, i_block, i_split,
+    p_dy, p_x, p_residual, p_bits, taking, parameters, p_stats, p_partials, i_block, i_split,
     sizes, strides, partial, T: tl.constexpr,
 ):  # fmt: skip
     """Partial sum(g) and sum(g * (x - mean)) of the channels in a block of columns and a range of rows.
@@ -180,16 +189,18 @@ def reduce_item(
         dy = load_chunk(p_dy, n, n_end, row, columns.k, columns, T.U, T.U, "evict_last", T)
         residual = load_residual(p_residual, n, n_end, row, columns, T.U, T.U, "evict_last", T)
         packed = load_bits(p_bits, n, n_end, row, columns, T.U, T)
+        takes = load_takes(taking[0], n, n_end, sizes[2], columns, T.U, T)
         for u in tl.static_range(DEPTH):
-            g = gradient_tile(dy, x, residual, packed, u, affine, T)
-            sums = add_tile(sums, g, x[u], affine, T)
+            g = gradient_tile(dy, x, residual, packed, takes, u, affine, T)
+            sums = add_tile(sums, g, x, takes, u, affine, T)
     for n in range(n_ragged, n_end, T.R):
         x = load_chunk(p_x, n, n_end, strides[0], columns.offset, columns, 1, 0, "evict_last", T)
         dy = load_chunk(p_dy, n, n_end, row, columns.k, columns, 1, 0, "evict_last", T)
         residual = load_residual(p_residual, n, n_end, row, columns, 1, 0, "evict_last", T)
         packed = load_bits(p_bits, n, n_end, row, columns, 1, T)
-        g = gradient_tile(dy, x, residual, packed, 0, affine, T)
-        sums = add_tile(sums, g, x[0], affine, T)
+        takes = load_takes(taking[0], n, n_end, sizes[2], columns, 1, T)
+        g = gradient_tile(dy, x, residual, packed, takes, 0, affine, T)
+        sums = add_tile(sums, g, x, takes, 0, affine, T)
 
     channel = touched(columns, sizes, T)
     q = i_split * partial[2] + i_block - channel * sizes[2] // T.K
@@ -205,6 +216,7 @@ def backward_reduce_kernel(
     p_x,
     p_residual,
     p_bits,
+    taking,
     parameters,
     p_stats,
     p_partials,
@@ -217,14 +229,14 @@ def backward_reduce_kernel(
     n_blocks = tl.cdiv(row_length(sizes[1], sizes[2], T), T.K)
     pid = tl.program_id(0)
     reduce_item(
-        p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_partials, pid % n_blocks, pid // n_blocks,
+        p_dy, p_x, p_residual, p_bits, taking, parameters, p_stats, p_partials, pid % n_blocks, pid // n_blocks,
         sizes, strides, partial, T,
     )  # fmt: skip
 
 
 @triton.jit
 def apply_item(
-    p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_partials, p_dx, p_dresidual, dparameters, count,
+    p_dy, p_x, p_residual, p_bits, taking, parameters, p_stats, p_partials, p_dx, p_dresidual, dparameters, count,
     i_block, i_split, sizes, strides, rows, partial, TRAINING: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """dx, dresidual, dweight and dbias (each where wanted) from the merged sums over ``count`` values a channel.
@@ -242,7 +254,7 @@ def apply_item(
         owner = owns(channel, i_block, i_split, sizes, T)
         store_parameters(dparameters, sums, p_stats, channel, owner, sizes[1], T)
         if TRAINING:
-            lost = project(sums, count, invstd, affine, columns, T)
+            lost = project(sums, how_many(taking, count), invstd, affine, columns, T)
     if p_dx is not None or p_dresidual is not None:
         n_begin, n_ragged, n_end = row_range(i_split, rows, sizes[0], T)
         for n in tl.range(n_begin, n_ragged, T.R * T.U, num_stages=T.STAGES):
@@ -254,12 +266,15 @@ def apply_item(
                 )
             residual = load_residual(p_residual, n, n_end, row, columns, T.U, T.U, "evict_first", T)
             packed = load_bits(p_bits, n, n_end, row, columns, T.U, T)
+            takes = load_takes(taking[0], n, n_end, sizes[2], columns, T.U, T)
             for u in tl.static_range(DEPTH):
-                g = gradient_tile(dy, x, residual, packed, u, affine, T)
+                g = gradient_tile(dy, x, residual, packed, takes, u, affine, T)
                 i_row = n + u * T.R
                 store_gradients(
                     g,
-                    x[u],
+                    x,
+                    takes,
+                    u,
                     p_dx,
                     p_dresidual,
                     i_row,
@@ -280,29 +295,30 @@ def apply_item(
                 )
             residual = load_residual(p_residual, n, n_end, row, columns, 1, 0, "evict_first", T)
             packed = load_bits(p_bits, n, n_end, row, columns, 1, T)
-            g = gradient_tile(dy, x, residual, packed, 0, affine, T)
+            takes = load_takes(taking[0], n, n_end, sizes[2], columns, 1, T)
+            g = gradient_tile(dy, x, residual, packed, takes, 0, affine, T)
             store_gradients(
-                g, x[0], p_dx, p_dresidual, n, n_end, row, columns, affine, lost, True, T
+                g, x, takes, 0, p_dx, p_dresidual, n, n_end, row, columns, affine, lost, True, T
             )
 
 
 @triton.jit
 def backward_apply_kernel(
-    p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_partials, p_dx, p_dresidual, dparameters, count,
+    p_dy, p_x, p_residual, p_bits, taking, parameters, p_stats, p_partials, p_dx, p_dresidual, dparameters, count,
     sizes, strides, rows, partial, TRAINING: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """The second launch of split: every :func:`apply_item`, backwards for what is still in L2."""
     n_blocks = tl.cdiv(row_length(sizes[1], sizes[2], T), T.K)
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     apply_item(
-        p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_partials, p_dx, p_dresidual, dparameters,
+        p_dy, p_x, p_residual, p_bits, taking, parameters, p_stats, p_partials, p_dx, p_dresidual, dparameters,
         count, pid % n_blocks, pid // n_blocks, sizes, strides, rows, partial, TRAINING, T,
     )  # fmt: skip
 
 
 @triton.jit
 def backward_kernel(
-    p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_dx, p_dresidual, dparameters, sizes, strides,
+    p_dy, p_x, p_residual, p_bits, taking, parameters, p_stats, p_dx, p_dresidual, dparameters, sizes, strides,
     TRAINING: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """All gradients in one read: a program holds x and dy of CHANNELS whole channels in registers."""
@@ -319,12 +335,13 @@ def backward_kernel(
     dy = load_chunk(p_dy, 0, sizes[0], row, columns.k, columns, T.U, T.WHOLE, "evict_first", T)
     residual = load_residual(p_residual, 0, sizes[0], row, columns, T.U, T.WHOLE, "evict_first", T)
     packed = load_bits(p_bits, 0, sizes[0], row, columns, T.U, T)
+    takes = load_takes(taking[0], 0, sizes[0], T.INNER, columns, T.U, T)
     zero = tl.full((T.R, T.K), 0.0, tl.dtype(T.ACC))
     sums = Sums(zero, zero)
     g = ()
     for u in tl.static_range(DEPTH):
-        tile = gradient_tile(dy, x, residual, packed, u, affine, T)
-        sums = add_tile(sums, tile, x[u], affine, T)
+        tile = gradient_tile(dy, x, residual, packed, takes, u, affine, T)
+        sums = add_tile(sums, tile, x, takes, u, affine, T)
         g = g + (tile,)
     sums = Sums(fold_sums(sums.g, columns, T), fold_sums(sums.product, columns, T))
     channel = first + tl.arange(0, T.G)
@@ -332,11 +349,13 @@ def backward_kernel(
     store_parameters(dparameters, sums, p_stats, channel, mask, sizes[1], T)
     lost = None
     if TRAINING:
-        lost = project(sums, sizes[0] * T.INNER, invstd, affine, columns, T)
+        lost = project(sums, how_many(taking, sizes[0] * T.INNER), invstd, affine, columns, T)
     for u in tl.static_range(DEPTH):
         store_gradients(
             g[u],
-            x[u],
+            x,
+            takes,
+            u,
             p_dx,
             p_dresidual,
             u * T.R,

@@ -6,16 +6,18 @@ import triton
 import triton.language as tl
 
 from triton_bn.kernels.activation import activate, steep
-from triton_bn.kernels.moments import held_moments, merge_partials
+from triton_bn.kernels.moments import Moments, held_moments, merge_partials
 from triton_bn.kernels.tile import (
     double,
     index,
     inverse_std,
     load_chunk,
     load_columns,
+    load_takes,
     owns,
     row_length,
     row_range,
+    select,
     spread,
     store_dense,
     tile_columns,
@@ -66,7 +68,7 @@ def store_bits(p_bits, bit, n, n_end, row, columns, T: tl.constexpr):
 
 @triton.jit
 def transform_tile(
-    x, residual, u: tl.constexpr, p_y, p_bits, n, n_end, row, columns, affine,
+    x, residual, takes, u: tl.constexpr, p_y, p_bits, n, n_end, row, columns, affine,
     RAGGED: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Writes activation(z) of a chunk's tile u, and where p_bits is given, whether its slope is 1.
@@ -74,7 +76,7 @@ def transform_tile(
     The slope at z as rounded to the dtype of y: of all that follows, PyTorch's activation sees no more.
     """
     z = preactivation(x, residual, u, affine, T)
-    store_dense(p_y, activate(z, T), n, n_end, row, columns, RAGGED, T)
+    store_dense(p_y, select(takes, u, activate(z, T)), n, n_end, row, columns, RAGGED, T)
     if p_bits is not None:
         rounded = z.to(p_y.dtype.element_ty).to(tl.dtype(T.ACC))
         bit = steep(rounded, T) & tile_mask(n, n_end, columns.mask, RAGGED, T)
@@ -93,12 +95,13 @@ def load_residual(
 @triton.jit
 def publish(
     p_stats, running, momentum, a, invstd, channel, m_owner, channels,
-    CUMULATIVE: tl.constexpr, T: tl.constexpr,
+    CUMULATIVE: tl.constexpr, PARTLY: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Stores the statistics of some channels for backward, and advances the running ones.
 
     running = (1 - f) * running + f * batch, with the unbiased variance; f is the momentum, or
-    1 / num_batches_tracked (advanced by an earlier launch) for the cumulative average.
+    1 / num_batches_tracked (advanced by an earlier launch) for the cumulative average. PARTLY: there may be no
+    value, which leaves them, or one, which leaves the variance.
     """
     tl.store(p_stats + channel, a.mean, mask=m_owner)
     tl.store(p_stats + channels + channel, invstd, mask=m_owner)
@@ -111,13 +114,16 @@ def publish(
         old_var = tl.load(running[1] + channel, mask=m_owner, other=0.0).to(tl.dtype(T.ACC))
         mean = (1 - factor) * old_mean + factor * a.mean
         var = (1 - factor) * old_var + factor * (a.m2 / (a.count - 1))
+        if PARTLY:
+            mean = tl.where(a.count > 0, mean, old_mean)
+            var = tl.where(a.count > 1, var, old_var)
         tl.store(running[0] + channel, tl.cast(mean, running[0].dtype.element_ty), mask=m_owner)
         tl.store(running[1] + channel, tl.cast(var, running[1].dtype.element_ty), mask=m_owner)
 
 
 @triton.jit
 def normalize_item(
-    p_x, p_y, p_residual, p_bits, parameters, p_stats, p_partials, running, momentum, eps,
+    p_x, p_y, p_residual, p_bits, taking, parameters, p_stats, p_partials, running, momentum, eps,
     i_block, i_split, sizes, strides, rows, partial, CUMULATIVE: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """y = activation((x - mean) * invstd * weight + bias + residual) over a block of columns and rows.
@@ -142,10 +148,14 @@ def normalize_item(
         tl.store(p_stats + channel, mean, mask=owner)
         tl.store(p_stats + sizes[1] + channel, invstd, mask=owner)
     else:
-        a = merge_partials(p_partials, p_x, channel, sizes, strides, partial, T)
+        a = merge_partials(p_partials, p_x, taking, channel, sizes, strides, partial, T)
         mean = a.mean
         invstd = inverse_std(a.m2 / tl.maximum(a.count, 1), eps, T)
-        publish(p_stats, running, momentum, a, invstd, channel, owner, sizes[1], CUMULATIVE, T)
+        publish(
+            p_stats, running, momentum, a, invstd, channel, owner, sizes[1], CUMULATIVE, taking[1] is not None, T
+        )  # fmt: skip
+        if taking[1] is not None:
+            tl.store(p_stats + 2 * sizes[1] + channel, a.count, mask=owner)
     affine = column_affine(
         spread(mean, columns, T), spread(invstd, columns, T), parameters, columns, T
     )
@@ -155,10 +165,12 @@ def normalize_item(
             p_x, n, n_end, strides[0], columns.offset, columns, T.U, T.U, "evict_first", T
         )
         residual = load_residual(p_residual, n, n_end, row, columns, T.U, T.U, "evict_first", T)
+        takes = load_takes(taking[0], n, n_end, sizes[2], columns, T.U, T)
         for u in tl.static_range(DEPTH):
             transform_tile(
                 x,
                 residual,
+                takes,
                 u,
                 p_y,
                 p_bits,
@@ -173,12 +185,13 @@ def normalize_item(
     for n in range(n_ragged, n_end, T.R):
         x = load_chunk(p_x, n, n_end, strides[0], columns.offset, columns, 1, 0, "evict_first", T)
         residual = load_residual(p_residual, n, n_end, row, columns, 1, 0, "evict_first", T)
-        transform_tile(x, residual, 0, p_y, p_bits, n, n_end, row, columns, affine, True, T)
+        takes = load_takes(taking[0], n, n_end, sizes[2], columns, 1, T)
+        transform_tile(x, residual, takes, 0, p_y, p_bits, n, n_end, row, columns, affine, True, T)
 
 
 @triton.jit
 def normalize_kernel(
-    p_x, p_y, p_residual, p_bits, parameters, p_stats, p_partials, running, momentum, eps,
+    p_x, p_y, p_residual, p_bits, taking, parameters, p_stats, p_partials, running, momentum, eps,
     sizes, strides, rows, partial, CUMULATIVE: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """The second launch of split, and evaluation's only one: every :func:`normalize_item`.
@@ -188,14 +201,14 @@ def normalize_kernel(
     n_blocks = tl.cdiv(row_length(sizes[1], sizes[2], T), T.K)
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     normalize_item(
-        p_x, p_y, p_residual, p_bits, parameters, p_stats, p_partials, running, momentum, eps,
+        p_x, p_y, p_residual, p_bits, taking, parameters, p_stats, p_partials, running, momentum, eps,
         pid % n_blocks, pid // n_blocks, sizes, strides, rows, partial, CUMULATIVE, T,
     )  # fmt: skip
 
 
 @triton.jit
 def forward_kernel(
-    p_x, p_y, p_residual, p_bits, parameters, p_stats, running, momentum, eps, sizes, strides,
+    p_x, p_y, p_residual, p_bits, taking, parameters, p_stats, running, momentum, eps, sizes, strides,
     T: tl.constexpr,
 ):  # fmt: skip
     """Training in one read: a program holds CHANNELS whole channels, U tiles of R rows, in registers.
@@ -214,11 +227,18 @@ def forward_kernel(
     x = load_chunk(
         p_x, 0, sizes[0], strides[0], columns.offset, columns, T.U, T.WHOLE, "evict_first", T
     )
+    takes = load_takes(taking[0], 0, sizes[0], T.INNER, columns, T.U, T)
     channel = first + tl.arange(0, T.G)
     owner = (tl.arange(0, T.G) < T.CHANNELS) & (channel < sizes[1])
-    a = held_moments(x, p_x, columns, channel, sizes, strides, T)
+    a = held_moments(x, takes, taking, p_x, columns, channel, sizes, strides, T)
     invstd = inverse_std(a.m2 / a.count, eps, T)
-    publish(p_stats, running, momentum, a, invstd, channel, owner, sizes[1], False, T)
+    if taking[1] is not None:  # there may be none, by which nothing could be divided
+        a = Moments(tl.load(taking[1]).to(tl.dtype(T.ACC)), a.mean, a.m2)
+    publish(
+        p_stats, running, momentum, a, invstd, channel, owner, sizes[1], False, taking[1] is not None, T
+    )  # fmt: skip
+    if taking[1] is not None:
+        tl.store(p_stats + 2 * sizes[1] + channel, a.count, mask=owner)
     affine = column_affine(
         spread(a.mean, columns, T), spread(invstd, columns, T), parameters, columns, T
     )
@@ -227,6 +247,7 @@ def forward_kernel(
         transform_tile(
             x,
             residual,
+            takes,
             u,
             p_y,
             p_bits,

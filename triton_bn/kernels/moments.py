@@ -18,14 +18,18 @@ import triton.language as tl
 
 from triton_bn.kernels.tile import (
     fold_sums,
+    how_many,
     index,
     load_chunk,
     load_columns,
+    load_takes,
     members,
     row_length,
     row_range,
+    select,
     spread,
     tile_columns,
+    touched,
 )
 
 
@@ -73,6 +77,27 @@ def less(square, share):
 
 
 @triton.jit
+def taking_moments(tiles, takes, base, T: tl.constexpr):
+    """:func:`chunk_moments` of what takes part: count [R, K], or [R, 1]. x0 is a slot's first such value."""
+    DEPTH: tl.constexpr = T.U
+    zero = tl.full((T.R, T.K), 0.0, tl.dtype(T.ACC))
+    count = takes[0].to(tl.dtype(T.ACC))
+    origin = tl.where(takes[DEPTH - 1], tiles[DEPTH - 1].to(tl.dtype(T.ACC)), zero)
+    for u in tl.static_range(1, DEPTH):
+        count += takes[u].to(tl.dtype(T.ACC))
+        earlier = tiles[DEPTH - 1 - u].to(tl.dtype(T.ACC))
+        origin = tl.where(takes[DEPTH - 1 - u], earlier, origin)
+    origin = finite(origin)
+    total, square = zero, zero
+    for u in tl.static_range(DEPTH):
+        d = select(takes, u, tiles[u].to(tl.dtype(T.ACC)) - origin)
+        total += d
+        square += d * d
+    mean = total / tl.maximum(count, 1)
+    return Moments(count, tl.where(count > 0, origin - base + mean, 0), less(square, total * mean))
+
+
+@triton.jit
 def chunk_moments(tiles, base, n, n_end, RAGGED: tl.constexpr, T: tl.constexpr):
     """Moments of the slots of U tiles: count [R, 1], mean - base and M2 [R, K]. RAGGED: rows end at n_end."""
     DEPTH: tl.constexpr = T.U
@@ -94,6 +119,25 @@ def chunk_moments(tiles, base, n, n_end, RAGGED: tl.constexpr, T: tl.constexpr):
     mean = total / tl.maximum(count, 1)
     m2 = tl.maximum(square - total * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return Moments(count, origin - base + mean, m2)
+
+
+@triton.jit
+def slot_moments(tiles, takes, base, n, n_end, RAGGED: tl.constexpr, T: tl.constexpr):
+    """Moments of the slots of U tiles: of what takes part, or without a mask of all."""
+    if len(takes) == 0:
+        return chunk_moments(tiles, base, n, n_end, RAGGED, T)
+    else:
+        return taking_moments(tiles, takes, base, T)
+
+
+@triton.jit
+def base_place(p_x, taking, inner, strides):
+    """Channel 0's first value, or the first that takes part: the bases of all channels lie at its place."""
+    if taking[1] is None:
+        return p_x
+    else:
+        place = tl.load(taking[1] + 1)
+        return p_x + place // inner * strides[0] + place % inner * strides[2]
 
 
 @triton.jit
@@ -126,7 +170,7 @@ def fold_moments(a, columns, T: tl.constexpr):
 
 
 @triton.jit
-def held_moments(tiles, p_x, columns, channel, sizes, strides, T: tl.constexpr):
+def held_moments(tiles, takes, taking, p_x, columns, channel, sizes, strides, T: tl.constexpr):
     """Moments of whole channels [G], all of whose values are in U tiles: two passes over registers.
 
     The deviations are from the mean as it was rounded; their own mean is what that took.
@@ -134,18 +178,19 @@ def held_moments(tiles, p_x, columns, channel, sizes, strides, T: tl.constexpr):
     DEPTH: tl.constexpr = T.U
     i_row = tl.arange(0, T.R)[:, None]
     zero = tl.full((T.R, T.K), 0.0, tl.dtype(T.ACC))
-    count = tl.cast(sizes[0] * T.INNER, tl.dtype(T.ACC))
+    count = tl.cast(how_many(taking, sizes[0] * T.INNER), tl.dtype(T.ACC))
+    p_x = base_place(p_x, taking, T.INNER, strides)
     base = finite(load_columns(p_x, strides[1], columns, 0.0, T))
     total = zero
     for u in tl.static_range(DEPTH):
-        d = tiles[u].to(tl.dtype(T.ACC)) - base
+        d = select(takes, u, tiles[u].to(tl.dtype(T.ACC)) - base)
         total += tl.where(i_row + u * T.R < sizes[0], d, 0) if u >= T.WHOLE else d
     mean = load_base(p_x, channel, strides, channel < sizes[1], T)
     mean += fold_sums(total, columns, T) / count
     center = spread(mean, columns, T)
     total, square = zero, zero
     for u in tl.static_range(DEPTH):
-        d = tiles[u].to(tl.dtype(T.ACC)) - center
+        d = select(takes, u, tiles[u].to(tl.dtype(T.ACC)) - center)
         d = tl.where(i_row + u * T.R < sizes[0], d, 0) if u >= T.WHOLE else d
         total += d
         square += d * d
@@ -171,7 +216,9 @@ def partial_shares(q, channel, sizes, partial, T: tl.constexpr):
 
 
 @triton.jit
-def merge_partials(p_partials, p_x, channel, sizes, strides, partial, T: tl.constexpr):
+def merge_partials(
+    p_partials, p_x, taking, channel, sizes, strides, partial, T: tl.constexpr,
+):  # fmt: skip
     """The moments of channels [G] from all their partials: Q at a time, [Q, G], which one another join at the end."""
     zero = tl.full((T.Q, T.G), 0.0, tl.dtype(T.ACC))
     a = Moments(zero, zero, zero)
@@ -182,8 +229,12 @@ def merge_partials(p_partials, p_x, channel, sizes, strides, partial, T: tl.cons
         o = q[:, None] * sizes[1] + channel[None, :]
         mean = tl.load(p_partials + o, mask=share > 0, other=0.0)
         m2 = tl.load(p_partials + last * sizes[1] + o, mask=share > 0, other=0.0)
-        a = merge(a, Moments(share.to(tl.dtype(T.ACC)), mean, m2))
+        count = share
+        if taking[1] is not None:
+            count = tl.load(p_partials + 2 * last * sizes[1] + o, mask=share > 0, other=0.0)
+        a = merge(a, Moments(count.to(tl.dtype(T.ACC)), mean, m2))
     a = merge_axis(a, 0)
+    p_x = base_place(p_x, taking, sizes[2], strides)
     base = load_base(p_x, channel, strides, channel < sizes[1], T)
     # Chunks do not tell infinite from NaN, so that each of their values takes an instruction less. About a finite
     # mean, NaN was a square that the dtype cannot hold; about an infinite one the squares are NaN, as float64's.
@@ -192,43 +243,58 @@ def merge_partials(p_partials, p_x, channel, sizes, strides, partial, T: tl.cons
 
 
 @triton.jit
-def moments_item(p_x, p_partials, i_block, i_split, sizes, strides, partial, T: tl.constexpr):
+def moments_item(
+    p_x, taking, p_partials, i_block, i_split, sizes, strides, partial, T: tl.constexpr,
+):  # fmt: skip
     """Partial (mean, M2) of the channels in a block of columns and a range of rows.
 
-    p_partials: [2, splits * blocks, C]. The counts follow from the geometry (:func:`partial_shares`).
+    p_partials: [2, splits * blocks, C]. The counts follow from the geometry (:func:`partial_shares`); with a mask
+    they are a third row.
     """
     row = row_length(sizes[1], sizes[2], T)
     columns = tile_columns(index(i_block, T) * T.K, row, sizes[2], strides, T)
     n_begin, n_ragged, n_end = row_range(i_split, partial[0], sizes[0], T)
-    base = finite(load_columns(p_x, strides[1], columns, 0.0, T))
+    p_base = base_place(p_x, taking, sizes[2], strides)
+    base = finite(load_columns(p_base, strides[1], columns, 0.0, T))
     zero = tl.full((T.R, T.K), 0.0, tl.dtype(T.ACC))
-    a = Moments(tl.full((T.R, 1), 0.0, tl.dtype(T.ACC)), zero, zero)
+    ONE: tl.constexpr = taking[0] is None or T.EACH
+    a = Moments(tl.full((T.R, 1 if ONE else T.K), 0.0, tl.dtype(T.ACC)), zero, zero)
     for n in tl.range(n_begin, n_ragged, T.R * T.U, num_stages=T.STAGES):
         x = load_chunk(
             p_x, n, n_end, strides[0], columns.offset, columns, T.U, T.U, "evict_last", T
         )
-        a = merge(a, chunk_moments(x, base, n, n_end, False, T))
+        takes = load_takes(taking[0], n, n_end, sizes[2], columns, T.U, T)
+        a = merge(a, slot_moments(x, takes, base, n, n_end, False, T))
     if n_ragged < n_end:
         x = load_chunk(
             p_x, n_ragged, n_end, strides[0], columns.offset, columns, T.U, 0, "evict_last", T
         )
-        a = merge(a, chunk_moments(x, base, n_ragged, n_end, True, T))
+        takes = load_takes(taking[0], n_ragged, n_end, sizes[2], columns, T.U, T)
+        a = merge(a, slot_moments(x, takes, base, n_ragged, n_end, True, T))
 
     a = fold_moments(a, columns, T)
     channel = columns.first + tl.arange(0, T.G)
     q = i_split * partial[2] + i_block - channel * sizes[2] // T.K
     o = q * sizes[1] + channel
-    tl.store(p_partials + o, a.mean, mask=a.count > 0)
+    written = a.count > 0
+    if taking[0] is not None:
+        written = touched(columns, sizes, T) < sizes[1]
+    tl.store(p_partials + o, a.mean, mask=written)
     o += index(partial[1] * partial[2], T) * sizes[1]
-    tl.store(p_partials + o, a.m2, mask=a.count > 0)
+    tl.store(p_partials + o, a.m2, mask=written)
+    if taking[0] is not None:
+        o += index(partial[1] * partial[2], T) * sizes[1]
+        tl.store(p_partials + o, a.count, mask=written)
 
 
 @triton.jit
-def moments_kernel(p_x, p_partials, p_tracked, sizes, strides, partial, T: tl.constexpr):
+def moments_kernel(p_x, taking, p_partials, p_tracked, sizes, strides, partial, T: tl.constexpr):
     """The first launch of split: all the partial moments. It advances the counter of batches."""
     n_blocks = tl.cdiv(row_length(sizes[1], sizes[2], T), T.K)
     pid = tl.program_id(0)
     if p_tracked is not None:
         if pid == 0:
             tl.store(p_tracked, tl.load(p_tracked) + 1)
-    moments_item(p_x, p_partials, pid % n_blocks, pid // n_blocks, sizes, strides, partial, T)
+    moments_item(
+        p_x, taking, p_partials, pid % n_blocks, pid // n_blocks, sizes, strides, partial, T
+    )

@@ -15,14 +15,18 @@ from triton_bn.kernels.tile import index
 
 
 @triton.jit
-def row_kernel(p_partials, p_x, p_row, count, tag, sizes, strides, partial, T: tl.constexpr):
+def row_kernel(
+    p_partials, p_x, taking, p_row, count, tag, sizes, strides, partial, T: tl.constexpr
+):
     """The row of this process, from :func:`triton_bn.kernels.moments.moments_kernel`'s partials."""
     channel = index(tl.program_id(0) * T.G + tl.arange(0, T.G), T)
     mask = channel < sizes[1]
-    a = merge_partials(p_partials, p_x, channel, sizes, strides, partial, T)
+    a = merge_partials(p_partials, p_x, taking, channel, sizes, strides, partial, T)
     tl.store(p_row + channel, a.mean, mask=mask)
     tl.store(p_row + sizes[1] + channel, a.m2, mask=mask)
     if tl.program_id(0) == 0:
+        if taking[1] is not None:
+            count = tl.load(taking[1])
         tl.store(p_row + 2 * sizes[1], tl.cast(count, tl.float64))
         tl.store(p_row + 2 * sizes[1] + 1, tl.cast(tag, tl.float64))
 
@@ -30,12 +34,13 @@ def row_kernel(p_partials, p_x, p_row, count, tag, sizes, strides, partial, T: t
 @triton.jit
 def merge_rows_kernel(
     p_rows, p_moments, p_count, p_agree, running, momentum, channels, ranks,
-    CUMULATIVE: tl.constexpr, T: tl.constexpr,
+    CUMULATIVE: tl.constexpr, PARTLY: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Mean and biased variance [2, C] of all rows, merged in their order, and their count, for each
     channel [C]; advances the running statistics. Where no rank has a value, only the count is written.
 
-    p_agree: whether the tags are equal and there is not one value a channel in all, as 1.0 or 0.0.
+    p_agree: whether the tags are equal and there is not one value a channel in all, as 1.0 or 0.0. PARTLY: one
+    value may take part by a mask.
     """
     channel = tl.program_id(0) * T.G + tl.arange(0, T.G)
     mask = channel < channels
@@ -57,10 +62,12 @@ def merge_rows_kernel(
         a = merge(a, merge_axis(Moments(tl.where(within, count, 0.0), mean, m2), 0))
     variance = a.m2 / tl.maximum(a.count, 1)
     m_any = mask & (a.count > 0)
-    publish(p_moments, running, momentum, a, variance, channel, m_any, channels, CUMULATIVE, T)
+    publish(
+        p_moments, running, momentum, a, variance, channel, m_any, channels, CUMULATIVE, PARTLY, T
+    )
     tl.store(p_count + channel, a.count, mask=mask)
     if tl.program_id(0) == 0:
-        alone = tl.max(a.count, 0) == 1
+        alone = False if PARTLY else tl.max(a.count, 0) == 1
         tl.store(p_agree, ((differ == 0) & (alone == 0)).to(tl.float64))
 
 

@@ -73,7 +73,7 @@ def await_windows(p_counters, i_block, n_blocks, sizes, splits, window, T: tl.co
 
 @triton.jit
 def forward_streamed_kernel(
-    p_x, p_y, p_residual, p_bits, parameters, p_stats, p_partials, running, momentum, eps, p_counters,
+    p_x, p_y, p_residual, p_bits, taking, parameters, p_stats, p_partials, running, momentum, eps, p_counters,
     sizes, strides, window, partial, T: tl.constexpr,
 ):  # fmt: skip
     """Training in one launch: :func:`moments_item` and :func:`normalize_item` by tickets.
@@ -91,18 +91,18 @@ def forward_streamed_kernel(
             if second:
                 await_windows(p_counters, i_block, n_blocks, sizes, partial[1], window, T)
                 normalize_item(
-                    p_x, p_y, p_residual, p_bits, parameters, p_stats, p_partials, running, momentum, eps,
+                    p_x, p_y, p_residual, p_bits, taking, parameters, p_stats, p_partials, running, momentum, eps,
                     i_block, i_split, sizes, strides, partial[0], partial, False, T,
                 )  # fmt: skip
             else:
-                moments_item(p_x, p_partials, i_block, i_split, sizes, strides, partial, T)
+                moments_item(p_x, taking, p_partials, i_block, i_split, sizes, strides, partial, T)
                 publish_item(p_counters, i_window)
         ticket = draw(p_counters)
 
 
 @triton.jit
 def backward_streamed_kernel(
-    p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_partials, p_dx, p_dresidual, dparameters, count,
+    p_dy, p_x, p_residual, p_bits, taking, parameters, p_stats, p_partials, p_dx, p_dresidual, dparameters, count,
     p_counters, sizes, strides, window, partial, TRAINING: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """All gradients in one launch: :func:`reduce_item` and :func:`apply_item` by tickets."""
@@ -114,12 +114,12 @@ def backward_streamed_kernel(
             if second:
                 await_windows(p_counters, i_block, n_blocks, sizes, partial[1], window, T)
                 apply_item(
-                    p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_partials, p_dx, p_dresidual,
+                    p_dy, p_x, p_residual, p_bits, taking, parameters, p_stats, p_partials, p_dx, p_dresidual,
                     dparameters, count, i_block, i_split, sizes, strides, partial[0], partial, TRAINING, T,
                 )  # fmt: skip
             else:
                 reduce_item(
-                    p_dy, p_x, p_residual, p_bits, parameters, p_stats, p_partials, i_block, i_split,
+                    p_dy, p_x, p_residual, p_bits, taking, parameters, p_stats, p_partials, i_block, i_split,
                     sizes, strides, partial, T,
                 )  # fmt: skip
                 publish_item(p_counters, i_window)

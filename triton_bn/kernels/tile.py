@@ -153,6 +153,45 @@ def load_chunk(
 
 
 @triton.jit
+def load_takes(
+    p_mask, n, n_end, inner, columns, U: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Which values of U tiles below one another take part, by a mask [outer, inner]: [R, K] each, or [R, 1] where
+    all columns are at one place of it. Without a mask, none."""
+    tiles = ()
+    if p_mask is not None:
+        for u in tl.static_range(U):
+            i_row = n + u * T.R + tl.arange(0, T.R)
+            if T.EACH:
+                takes = tl.load(p_mask + i_row, mask=i_row < n_end, other=0)[:, None]
+            else:
+                k = columns.k - index(columns.channel, T) * inner
+                offsets = (index(i_row, T) * inner)[:, None] + k[None, :]
+                within = (i_row < n_end)[:, None] & columns.mask[None, :]
+                takes = tl.load(p_mask + offsets, mask=within, other=0)
+            tiles = tiles + (takes != 0,)
+    return tiles
+
+
+@triton.jit
+def select(takes, u: tl.constexpr, value):
+    """``value`` where tile u takes part, and 0 elsewhere; all of it without a mask."""
+    if len(takes) == 0:
+        return value
+    else:
+        return tl.where(takes[u], value, 0)
+
+
+@triton.jit
+def how_many(taking, count):
+    """How many values of a channel take part, at least 1: ``count``, or where a mask says it."""
+    if taking[1] is None:
+        return count
+    else:
+        return tl.maximum(tl.load(taking[1]), 1)
+
+
+@triton.jit
 def row_range(i_split, rows, n, T: tl.constexpr):
     """The rows of a split: its first, where whole chunks of U tiles end, and its end."""
     begin = index(i_split, T) * rows

@@ -82,6 +82,12 @@ class Scratch:
         self.running = vector(-2.0, 2.0), vector(0.5, 4.0)
         self.residual = dense() if problem.residual or problem.output else None
         self.dy = dense() if problem.direction == "backward" else None
+        # All takes part: what is read and done is the same, and the results are the unmasked ones.
+        self.taking: launch.Taking = launch.ALL
+        if problem.masked:
+            mask = torch.ones(problem.outer, problem.inner, dtype=torch.uint8, device=self.place)
+            facts = torch.tensor([problem.count, 0], device=self.place)
+            self.taking = mask, facts if problem.training else None
         self.stats = self.packed = self.y = None
         if self.dy is not None:
             self.stats, z = self._forward()
@@ -186,16 +192,19 @@ class Trial:
             needs = (True, True, True, own.residual or own.bits or own.output)
             kept = s.y if own.output else s.residual
             return launch.backward(
-                own, self.plan, s.dy, s.x, s.stats, s.weight, s.bias, kept, s.packed, needs
+                own, self.plan, s.dy, s.x, s.stats, s.weight, s.bias, kept, s.packed, needs,
+                taking=s.taking,
             )  # fmt: skip
         mean, var = self.running
         if own.training:
             momentum = None if own.cumulative else s.momentum
             return launch.forward(
                 own, self.plan, s.x, s.weight, s.bias, mean, var, self.tracked, s.residual,
-                momentum, EPS,
+                momentum, EPS, s.taking,
             )  # fmt: skip
-        return launch.normalize(own, self.plan, s.x, mean, var, s.weight, s.bias, s.residual, EPS)
+        return launch.normalize(
+            own, self.plan, s.x, mean, var, s.weight, s.bias, s.residual, EPS, taking=s.taking
+        )
 
     def observe(self) -> None:
         """Runs once, from the same state each time, in poisoned memory, and keeps what comes out."""

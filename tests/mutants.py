@@ -349,7 +349,7 @@ MUTANTS = [
       "center = spread(mean, columns, T)", "center = spread(mean * 0, columns, T)", (f"{FAR}-resident]",),
       "a mean far from 0 takes the variance's digits"),
     M("partial before its buffer", "kernels/moments.py",
-      "tl.store(p_partials + o, a.mean, mask=a.count > 0)", "tl.store(p_partials + o, a.mean, mask=channel < sizes[1])",
+      "written = a.count > 0", "written = channel < sizes[1]",
       (f"{MEMORY}no_partial_is_stored_for_a_channel_that_a_tile_does_not_touch[split]",),
       "the mean of a channel that the tile does not touch is written over another's"),
     M("counter in every program", "kernels/moments.py", "if pid == 0:", "if pid >= 0:",
@@ -376,9 +376,10 @@ MUTANTS = [
 
     # Forward.
     M("residual behind the activation", "kernels/forward.py",
-      "store_dense(p_y, activate(z, T),",
-      "bare = preactivation(x, (), u, affine, T)\n    store_dense(p_y, activate(bare, T) + (z - bare),", BITS,
-      "y = act(bn(x)) + residual"),
+      "store_dense(p_y, select(takes, u, activate(z, T)),",
+      "bare = preactivation(x, (), u, affine, T)\n    "
+      "store_dense(p_y, select(takes, u, activate(bare, T) + (z - bare)),",
+      BITS, "y = act(bn(x)) + residual"),
     M("uncentred transform", "kernels/forward.py",
       "z = tl.fma(x[u].to(tl.dtype(T.ACC)) - affine.mean, affine.scale, affine.bias)",
       "z = tl.fma(x[u].to(tl.dtype(T.ACC)), affine.scale, affine.bias - affine.mean * affine.scale)",
@@ -413,10 +414,11 @@ MUTANTS = [
     M("dx with 1/std once", "kernels/backward.py", "columns, T) * invstd * invstd", "columns, T) * invstd", WINDOWS[:1],
       "a factor of dx"),
     M("dx uncentred", "kernels/backward.py",
-      "dx = tl.fma(x.to(tl.dtype(T.ACC)) - affine.mean, lost.product, dx)",
-      "dx = tl.fma(x.to(tl.dtype(T.ACC)), lost.product, dx)", WINDOWS[:1], "a term of dx"),
+      "dx = tl.fma(x[u].to(tl.dtype(T.ACC)) - affine.mean, lost.product, dx)",
+      "dx = tl.fma(x[u].to(tl.dtype(T.ACC)), lost.product, dx)", WINDOWS[:1], "a term of dx"),
     M("sums uncentred", "kernels/backward.py",
-      "g * (x.to(tl.dtype(T.ACC)) - affine.mean)", "g * x.to(tl.dtype(T.ACC))", WINDOWS[:1], "dweight and dx"),
+      "select(takes, u, x[u].to(tl.dtype(T.ACC)) - affine.mean)",
+      "select(takes, u, x[u].to(tl.dtype(T.ACC)))", WINDOWS[:1], "dweight and dx"),
     M("dweight without 1/std", "kernels/backward.py",
       "tl.cast(sums.product * invstd,", "tl.cast(sums.product + 0 * invstd,", WINDOWS[:1], "a factor of dweight"),
     M("every program stores the parameters' gradients", "kernels/backward.py",
@@ -476,7 +478,8 @@ MUTANTS = [
       ranks("a_copy_asks_again-2"), "a process group cannot be"),
     M("a copy has agreed", "modules.py", 'if name != "_agreed"}', 'if name != ""}',
       ranks("a_copy_asks_again-2"), "the copy asks on one rank and not on another"),
-    M("one value on all ranks", "sync.py", "if sum(counts) == 1:", "if sum(counts) == -1:",
+    M("one value on all ranks", "sync.py", "if sum(counts) == 1 and not partly:",
+      "if sum(counts) == -1 and not partly:",
       ranks("one_value_on_all_ranks_together-3"), "a variance of nothing"),
 
     # Launches.
@@ -492,8 +495,8 @@ MUTANTS = [
     M("key with too coarse an alignment", "launch.py", "tensor.data_ptr() & 15", "tensor.data_ptr() & 7", KEY,
       "8 bytes off is not aligned either"),
     M("key of the input alone", "launch.py",
-      "given = (x, residual, weight, bias, running_mean, running_var, num_batches_tracked)", "given = (x,)", KEY,
-      "a misaligned weight in a kernel of 16-byte accesses"),
+      "given = (x, residual, taking[0], weight, bias, running_mean, running_var, num_batches_tracked)", "given = (x,)",
+      KEY, "a misaligned weight in a kernel of 16-byte accesses"),
     M("launches without the activation", "problem.py",
       "activation: Activation | None = None\n    residual: bool = False",
       'activation: Activation | None = __import__("dataclasses").field(default=None, compare=False)\n'

@@ -492,6 +492,11 @@ IDENTITIES = {f"nothing{i}": nn.Identity() for i in ("", 2, 3)}
         # Nothing is computed later than it was: so the layer that comes last takes the add up.
         (two_branches, {"other": downsample()}, ["", "add + relu"]),
         (residual_later, {"other": downsample()}, ["", "add + relu"]),
+        (
+            residual_later,
+            {"other": nn.Sequential()},
+            ["add + relu"],
+        ),  # an empty shortcut computes nothing
         (residual_first, {"other": nn.Conv2d(3, 3, 1)}, ["add + relu"]),
         (past_identities, {**IDENTITIES, "act": nn.ReLU()}, ["add + relu"]),
         (by_mode, {}, ["relu | silu"]),

@@ -34,8 +34,8 @@ from triton_bn.route import route
 
 __all__ = [
     "METHODS", "MODULES", "FusingBehind", "Pending", "activation_of", "add", "add_in_place", "after", "call",
-    "chained", "fusing", "is_activation", "is_identity", "method", "opens", "recomputes", "recomputing", "unhooked",
-    "value",
+    "chained", "fusing", "is_activation", "is_identity", "method", "opens", "passes", "recomputes", "recomputing",
+    "unhooked", "value",
 ]  # fmt: skip
 
 
@@ -85,8 +85,13 @@ def opens(cls: type) -> Any:
     return getattr(getattr(cls, "forward", None), "pending", None)
 
 
+def passes(module: Any) -> bool:
+    """Whether its forward returns what it is given: ``nn.Identity``, or an empty ``nn.Sequential``."""
+    return type(module) is nn.Identity or (type(module) is nn.Sequential and not module._modules)
+
+
 def is_identity(module: Any) -> bool:
-    return type(module) is nn.Identity and unhooked(module)
+    return passes(module) and unhooked(module)
 
 
 # --------------------------------------------------------------------------- the activations

@@ -325,7 +325,7 @@ class _ModuleReader(rewrite.Reader):
         found, role = self.find(callee), None
         if isinstance(found, nn.Module) and self.search.opened(found):
             role = "opens"
-        elif type(found) is nn.Identity:
+        elif fuse.passes(found):
             role = "passes"
         elif type(found) in fuse.MODULES or (callable(found) and fuse.is_activation(found)):
             role = "activates"

@@ -38,11 +38,11 @@ def each_tile(plan: Plan, change: Callable[[Tile], Tile]) -> Plan:
 
 
 def with_stages(stages: int, problem: Problem, device: Device, plan: Plan) -> Plan:
-    """The plan with so many chunks of a loop in flight."""
+    """The plan with so many chunks of a loop in flight; split's where a resident one has no such loop."""
     if "stages" not in {field.name for field in fields(Tile)}:
         raise Unsupported("tiles have no stages")
     if plan.driver == "resident":
-        raise Unsupported("a resident program has no loop of chunks")
+        plan = first(problem, device, lambda other: other.driver == "split")
     return each_tile(plan, lambda tile: replace(tile, stages=stages))
 
 

@@ -255,8 +255,9 @@ def test_the_constructor_takes_what_the_twins_takes_and_an_activation(
 @EACH_CLASS
 def test_forward_takes_an_input_and_a_residual(ours: type, twin: type) -> None:
     parameters = list(inspect.signature(ours.forward).parameters.values())
-    assert [p.name for p in parameters] == ["self", "input", "residual"]
-    assert parameters[2].default is None
+    assert [p.name for p in parameters] == ["self", "input", "residual", "mask"]
+    assert parameters[2].default is parameters[3].default is None
+    assert parameters[3].kind is inspect.Parameter.KEYWORD_ONLY
 
 
 @EACH_CLASS

@@ -389,14 +389,13 @@ def _depth(problem: Problem) -> int:
     """Tiles in flight: 64 bytes a thread of each tensor that is read, 32 where two are or bits are packed.
 
     Half of that where ptxas would spill a few bytes: for mish, whose values take the most registers, and for
-    slopes from x and a residual where a thread holds what belongs to several channels.
+    slopes from x and a residual where a thread holds what belongs to several channels, or float64.
     """
     forward, act = problem.direction == "forward", problem.activation
     depth = 4 if forward and not problem.bits else 2
     several = problem.inner > 1 and problem.inner % 16 != 0
-    if act is not None and (
-        (forward and act.name == "mish") or (_curved(problem) and problem.residual and several)
-    ):
+    full = _curved(problem) and problem.residual and (several or problem.dtype == torch.float64)
+    if act is not None and ((forward and act.name == "mish") or full):
         depth //= 2
     return depth
 
@@ -412,6 +411,9 @@ def _stages(problem: Problem, device: Device) -> tuple[int, ...]:
     family, _, version = device.arch.partition("_")
     if family != "sm":
         return (1,)
+    double = problem.direction == "backward" and problem.dtype == torch.float64
+    if double and problem.inner > 1 and problem.inner % 16:
+        return (1,)  # two would spill
     packs = problem.direction == "forward" and problem.bits and problem.inner == 1
     return (2, 1) if int(version) >= 90 and not packs else (1, 2)
 
@@ -446,8 +448,12 @@ def _resident(problem: Problem, device: Device) -> Iterator[Plan]:
         return
     limit, thread = _holds(problem)
     widened = min(WIDENED, thread // 2)
-    # The residual is held beside x: with 16 warps a thread has no registers for as many 32-bit values again.
-    both = problem.direction == "forward" and problem.residual and problem.itemsize > 2
+    # The residual is held beside x: with 16 warps a thread has no registers for as many values again where they
+    # are of 32 bits, or where each has an address of its own (channels_last, whose rows may lie anywhere).
+    both = problem.direction == "forward" and problem.residual
+    both = both and (problem.itemsize > 2 or problem.inner == 1)
+    # Nor, in float64, for x and dy of several channels, whose sums it keeps apart.
+    apart = problem.direction == "backward" and problem.dtype == torch.float64 and problem.inner > 1
     group = aligned_channels(problem)
     narrow = problem.inner == 1 and not _resident_fills(problem, device, limit)
     while (
@@ -468,9 +474,10 @@ def _resident(problem: Problem, device: Device) -> Iterator[Plan]:
         ):
             tile = _resident_tile(problem, device, columns, most, fewest)
             threads = tile.warps * device.warp
+            half = (both and tile.warps == 16) or (apart and channels > 1)
+            most_held = min(limit, thread * threads) // (2 if half else 1)
             if (
-                tile.rows * tile.depth * columns
-                <= min(limit, thread * threads // (2 if both and tile.warps == 16 else 1))
+                tile.rows * tile.depth * columns <= most_held
                 and tile.rows * columns <= widened * threads
                 and members <= MEMBERS * min(tile.warps, 8)
             ):

@@ -288,3 +288,14 @@ def test_timms_layer_is_ours_with_whatever_stands_behind_it(
     assert_same(observe(model, image), observe(original, image))
     assert type(revert(model)) is type(original)
     assert repr(model) == repr(original)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050"])
+def test_features_by_timm(name: str) -> None:
+    """timm's own extraction by torch.fx takes a converted model, and gives what it gives for the stock one."""
+    stock = of_timm(name)().double()
+    converted = convert(copy.deepcopy(stock))
+    graph = package("timm.models._features_fx").FeatureGraphNet
+    image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    taken = (0, 1, 2)
+    torch.testing.assert_close(graph(converted, taken)(image), graph(stock, taken)(image))

@@ -524,3 +524,26 @@ def test_exported_traced_and_compiled_evaluation_are_stock(monkeypatch: pytest.M
     assert sum("relu" in str(node.target) for node in program.graph.nodes) == 4
     assert_same([program.module()(x)], [stock(x)])
     assert_same([model(x)], [stock(x)])
+
+
+def test_fusing_costs_few_python_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The price of deciding at the call, in calls of functions, which no other load on the machine changes."""
+    monkeypatch.setattr(route, "INTERPRETED", True)
+    monkeypatch.setattr(triton_bn.BatchNorm2d, "_fused", lambda self, input, *others: input)
+    x = torch.ones(2, 4, 3, 2)
+
+    def calls(model: nn.Module) -> int:
+        events: list[str] = []
+        model(x)  # what is remembered from the first call on
+        sys.setprofile(lambda frame, event, argument: events.append(event))
+        try:
+            model(x)
+        finally:
+            sys.setprofile(None)
+        return sum(event in ("call", "c_call") for event in events)
+
+    pairs = 8
+    stock = [layer for _ in range(pairs) for layer in (nn.BatchNorm2d(4), nn.ReLU())]
+    direct = nn.Sequential(*[triton_bn.BatchNorm2d(4, activation="relu") for _ in range(pairs)])
+    more = calls(convert(nn.Sequential(*stock))) - calls(direct)
+    assert more <= 9 * pairs

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._C import _is_tracing, _len_torch_dispatch_stack
+from torch._C._functorch import get_dynamic_layer_stack_depth
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
@@ -60,12 +62,12 @@ def route(
         exporting = torch.compiler._is_exporting_flag
         ours = batch_statistics and not exporting and not transformed()
         return "operators" if ours or shared else "torch"
-    if (torch.jit.is_tracing() or transformed()) and not shared:  # type: ignore[attr-defined]
+    if (_is_tracing() or transformed()) and not shared:
         return "torch"
     kinds = {*map(type, (input, *others))}
     if not kinds <= _PLAIN:
         return "operators" if shared or kinds <= _WITHOUT_DATA else "torch"
-    return "operators" if torch._C._len_torch_dispatch_stack() > 0 else "kernels"
+    return "operators" if _len_torch_dispatch_stack() > 0 else "kernels"
 
 
 _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
@@ -115,7 +117,7 @@ def _warn_of_missing_triton() -> None:
 
 def transformed() -> bool:
     """Whether torch.func or forward-mode AD is at work."""
-    return torch._C._functorch.get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
+    return get_dynamic_layer_stack_depth() > 0 or forward_ad._current_level >= 0
 
 
 # Asked while dynamo traces; it guards the transforms itself. What torch.compiler.assume_constant_result(transformed)

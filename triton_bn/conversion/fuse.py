@@ -47,7 +47,8 @@ def computes(layer: _Fused) -> bool:
 
     In a graph of torch.compile PyTorch's own are folded where running statistics are used.
     """
-    return not torch.compiler.is_compiling() or layer.training or layer.running_mean is None
+    # In the order of what is asked for the least: this stands before every fused call.
+    return layer.training or not torch.compiler.is_compiling() or layer.running_mean is None
 
 
 def could_compute(*arguments: Any) -> bool:
@@ -57,7 +58,7 @@ def could_compute(*arguments: Any) -> bool:
     how all of the output is made again.
     """
     for argument in arguments:
-        if isinstance(argument, list | tuple) and argument:
+        if type(argument) is not Tensor and isinstance(argument, (list, tuple)) and argument:
             argument = argument[0]
         if isinstance(argument, Tensor):
             return route(argument, batch_statistics=True) != "torch" or recording() is not None
@@ -195,17 +196,17 @@ def activation_of(
 class Pending:
     """``layer(input)``, or ``layer(input) + residual``, not computed yet; or what came of it."""
 
-    __slots__ = ("input", "layer", "open", "residual", "value")
+    __slots__ = ("input", "layer", "residual", "value")
 
     def __init__(self, layer: _Fused, input: Tensor, residual: Tensor | None = None) -> None:
-        self.layer, self.input, self.residual = layer, input, residual
-        self.open = True
-        self.value: Any = None
+        self.layer, self.residual = layer, residual
+        #: ``None`` from the moment on when it is computed, or is part of a sum that will be.
+        self.input: Tensor | None = input
 
     def compute(self, activation: Activation | None = None) -> Any:
-        self.open = False
-        self.value = self.layer._fused(self.input, self.residual, activation)
-        self.input = self.residual = None  # type: ignore[assignment]
+        input, residual = self.input, self.residual
+        self.input = self.residual = None
+        self.value: Any = self.layer._fused(input, residual, activation)  # type: ignore[arg-type]
         return self.value
 
 
@@ -213,7 +214,7 @@ def value(x: Any) -> Any:
     """What a call has returned, made now if it is pending."""
     if type(x) is not Pending:
         return x
-    return x.compute() if x.open else x.value
+    return x.value if x.input is None else x.compute()
 
 
 def after(callee: Any, *pending: Any) -> Any:
@@ -227,7 +228,7 @@ def after(callee: Any, *pending: Any) -> Any:
 def call(callee: Any, x: Any, /, *arguments: Any, **options: Any) -> Any:
     """``callee(x, ...)``, or a :class:`Pending` that stands for it."""
     if type(x) is Pending:
-        if x.open:
+        if x.input is not None:
             activation = activation_of(callee, arguments, options)
             if activation is not None:
                 return x.compute(activation)
@@ -248,7 +249,7 @@ def call(callee: Any, x: Any, /, *arguments: Any, **options: Any) -> Any:
 
 def method(x: Any, name: str) -> Any:
     """``x.relu()`` and the like."""
-    if type(x) is Pending and x.open:
+    if type(x) is Pending and x.input is not None:
         return x.compute(_PLAIN[METHODS[name]])
     return getattr(value(x), name)()
 
@@ -256,7 +257,7 @@ def method(x: Any, name: str) -> Any:
 def _takes(x: Pending, residual: Any) -> bool:
     """Whether the layer adds it as PyTorch's ``+`` would: what broadcasts or promotes is left to that."""
     return (
-        x.open
+        x.input is not None
         and x.residual is None
         and isinstance(residual, Tensor)
         and residual.shape == x.input.shape
@@ -267,20 +268,19 @@ def _takes(x: Pending, residual: Any) -> bool:
 
 
 def _added(x: Pending, residual: Tensor) -> Pending:
-    x.open = False  # it is the sum that is to be computed now
-    input, x.input = x.input, None  # type: ignore[assignment]
-    return Pending(x.layer, input, residual)
+    input, x.input = x.input, None  # it is the sum that is to be computed now
+    return Pending(x.layer, input, residual)  # type: ignore[arg-type]
 
 
 def add(a: Any, b: Any) -> Any:
     """``a + b``. At most one of them has not been computed."""
     if a is b:
         a = b = value(a)
-    elif type(a) is Pending and a.open:
+    elif type(a) is Pending and a.input is not None:
         b = value(b)
         if _takes(a, b):
             return _added(a, b)
-    elif type(b) is Pending and b.open:
+    elif type(b) is Pending and b.input is not None:
         a = value(a)
         if _takes(b, a):
             return _added(b, a)
@@ -290,7 +290,7 @@ def add(a: Any, b: Any) -> Any:
 def add_in_place(a: Any, b: Any) -> Any:
     """``a += b``, where a :class:`Pending` ``a`` is a result that nobody else has seen."""
     if type(a) is Pending:
-        if a.open:
+        if a.input is not None:
             b = value(b)
             if _takes(a, b):
                 return _added(a, b)

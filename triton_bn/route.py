@@ -85,9 +85,9 @@ def readable(x: Tensor) -> bool:
         x.device.type == "cpu"
         and type(x) in _PLAIN
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and not _is_tracing()
         and not transformed()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and _len_torch_dispatch_stack() == 0
     )
 
 
